@@ -1,0 +1,2320 @@
+#!/usr/bin/env python3
+"""fingerd: everybody's status line, by finger, web, XML-RPC and IRC, from one users file.
+
+    finger ──┐                               ┌── users file (Reloader: every 30 s and on SIGHUP)
+    web ─────┼──► answers ──► StatusStore ◄──┤
+    XML-RPC ─┤                     │         └── setter
+    IRC ─────┘                     └──► StateFile (SQLite: what was set outlives the process)
+
+Run `python3 fingerd.py /etc/users`; `--help` tells the rest. Nothing but the standard library is
+needed, and this file is the whole installation.
+
+The file is read from the bottom of the house to its roof, six rooms in all. `text` and `codecs`
+turn bytes into values and back, and know of nothing else. The `store` is the one meeting point:
+whoever spoke last about a user, the users file or the user, is heard. The `answers` make a reply
+from the store and a parsed query, still without a socket or a clock. The `services` own every
+socket, thread and clock; they know nothing of each other. The `composition` alone sees the
+command line. A name is used only below its definition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import contextlib
+import datetime
+import email.utils
+import errno
+import fcntl
+import functools
+import grp
+import hashlib
+import heapq
+import html
+import http
+import http.server
+import importlib
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import pathlib
+import pwd
+import re
+import resource
+import shlex
+import signal
+import socket
+import socketserver
+import stat
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+import xml.parsers.expat
+import xmlrpc.client
+import xmlrpc.server
+from typing import IO, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+
+__version__ = "1.0"
+
+# ---- limits: what anybody may ask of us --------------------------------------------------------
+
+MAX_NAME = 64  # characters of a user's name
+MAX_STATUS = 1_000  # characters of a status
+MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets none)
+MAX_SETTING = 8_192  # bytes of the setter's two lines
+MAX_LISTING = 100_000  # bytes of a finger listing
+MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
+MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
+MAX_BODY = 65_536  # bytes of a request body
+MAX_PAGE_USERS = 1_000  # users on the web page
+MAX_FEED = 50  # entries of a feed
+MAX_PAGES = 1_000  # pages remembered
+MAX_RPC_USERS = 10_000  # users in an answer to listUsers
+MAX_MULTICALL = 100  # calls inside one system.multicall
+
+MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
+MAX_FILE_LINE = 8_192  # bytes of one line in it
+MAX_USERS = 2_000_000  # users in it
+MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
+MAX_MESSAGES = 100_000  # users with a message of their own
+MAX_CHANGES = 100  # changes that the store remembers for announcements
+
+FINGER_SECONDS, FINGER_CEILING = 10.0, 512  # a whole query; connections at work
+SETTER_SECONDS, SETTER_CEILING = 60.0, 64
+WEB_SECONDS, WEB_CEILING = 15.0, 256  # for a request, the idle time in front of it included
+SEND_SECONDS, SLOWEST_READER = 10.0, 100_000  # to take an answer, and a second more per 100 kB
+DRAIN_SECONDS, DRAIN_BYTES = 1.0, 65_536  # for what a peer still sends after its answer
+RECEIVE_BYTES = 65_536  # taken from a socket at once
+SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
+PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor for it
+FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in such a time
+BURST = 256  # connections accepted before the server looks at its own affairs again
+BACKLOG = 4_096  # connections that the kernel queues for us
+STOP_SECONDS = 2.0  # for the answers in flight when the service stops
+QUEUE_SECONDS = 1.0  # for the connections that are still queued then
+
+NO_SUCH_USER = "No such user"
+INTERNAL_ERROR = "Internal error in server"
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+log = logging.getLogger("fingerd")
+T = TypeVar("T")
+
+# ================================================================================================
+# 1. text: whatever comes from outside becomes one printable line, once, at the door
+# ================================================================================================
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # C0, DEL, C1
+    "\u2028\u2029"  # line and paragraph separators
+    "\u202a-\u202e\u2066-\u2069"  # bidirectional embeddings, overrides and isolates
+    "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"  # lone surrogates, noncharacters
+)
+
+
+def decode(raw: bytes) -> str:
+    """The UTF-8 text in `raw`, with U+FFFD for what is none."""
+    return raw.decode("utf-8", "replace")
+
+
+def clean(text: str) -> str:
+    """`text` as one printable line without blanks at its ends; fit for a terminal, IRC and XML."""
+    if not (text.isascii() and text.isprintable()):
+        text = _UNPRINTABLE.sub("", text.replace("\t", " "))
+    return text.strip()
+
+
+def name_problem(name: str) -> str:
+    """Why `name` cannot be a user's name, or "" if it can."""
+    if not name:
+        return "no name"
+    if len(name) > MAX_NAME:
+        return f"the name is longer than {MAX_NAME} characters"
+    if ":" in name or "@" in name:
+        return "a name holds no ':' and no '@'"
+    if name[0] in "/#" or name in (".", ".."):
+        return "a name does not begin with '/' or '#' and is not '.' or '..'"
+    return "the name is not UTF-8" if "\ufffd" in name else ""
+
+
+def status_problem(text: str) -> str:
+    """Why `text` cannot be a status, or "" if it can."""
+    return f"the status is longer than {MAX_STATUS} characters" if len(text) > MAX_STATUS else ""
+
+
+# ================================================================================================
+# 2. codecs: pure, total functions between bytes and values; no input makes them raise
+# ================================================================================================
+
+# ---- the users file ----------------------------------------------------------------------------
+
+
+class UsersFile(NamedTuple):
+    """What a users file says: every good line, and what is wrong with the others."""
+
+    texts: dict[str, str]
+    problems: list[tuple[int, str]]  # line number and reason; the first MAX_PROBLEMS of them
+    bad_lines: int
+
+
+def parse_users_line(raw: bytes) -> tuple[str, str, str]:
+    """Name, status and the problem with the line: the two first or the last is "", or all three."""
+    if len(raw) > MAX_FILE_LINE:
+        return "", "", f"the line is longer than {MAX_FILE_LINE} bytes"
+    line = clean(raw.decode("utf-8", "replace"))
+    if not line or line[0] == "#":
+        return "", "", ""
+    name, colon, text = line.partition(":")
+    name, text = name.rstrip(), text.lstrip()
+    problem = name_problem(name) or status_problem(text) if colon else "no colon"
+    return ("", "", problem) if problem else (name, text, "")
+
+
+def parse_users(lines: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
+    """What `lines` say; the last line for a user wins, a bad line costs itself alone.
+
+    A status that stands in `known` already is the same object again, so that reading a large file
+    anew costs little memory. Reading stops where there are more than MAX_USERS users.
+    """
+    texts: dict[str, str] = {}
+    problems: list[tuple[int, str]] = []
+    bad_lines = 0
+    for number, raw in enumerate(lines, 1):
+        name, text, problem = parse_users_line(raw.lstrip(b"\xef\xbb\xbf") if number == 1 else raw)
+        if problem:
+            bad_lines += 1
+            if bad_lines <= MAX_PROBLEMS:
+                problems.append((number, problem))
+        elif name:
+            old = known.get(name, "")
+            texts[name] = old if old == text else text
+            if len(texts) > MAX_USERS:
+                break
+    return UsersFile(texts, problems, bad_lines)
+
+
+def format_users_line(name: str, text: str) -> str:
+    """The line of a users file that says so."""
+    return f"{name}: {text}\n"
+
+
+# ---- finger (RFC 1288) -------------------------------------------------------------------------
+
+
+class FingerQuery(NamedTuple):
+    """One query: `user` is "" for everybody, `host` None where none was named."""
+
+    user: str = ""
+    long: bool = False  # asked with /W
+    host: str | None = None
+    too_long: bool = False
+
+
+_TELNET = re.compile(rb"(?:[ \t]|\xff[\xfb-\xfe].|\xff\xfa.*?\xff\xf0|\xff[\xf1-\xf9])*", re.DOTALL)
+_LINE_END = re.compile(rb"\n|\r\0")
+
+
+def parse_finger_line(line: str) -> FingerQuery:
+    """The query in one printable line: `[/W] [user][@host]`, or with the /W behind."""
+    words = line.upper()
+    long = words == "/W" or words.startswith("/W ")
+    if long:
+        line = line[2:].lstrip()
+    elif words.endswith(" /W"):
+        long, line = True, line[:-2].rstrip()
+    user, at, host = line.partition("@")
+    return FingerQuery(user.rstrip(), long, host.strip() if at else None)
+
+
+@functools.lru_cache(maxsize=1024)  # most ask for the same few: 2.2 µs less per answer
+def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
+    """The query in what a client has sent so far, or None while its line has not ended.
+
+    LF, CRLF, CR NUL or the end of the stream ends it; telnet negotiation in front is passed over.
+    """
+    start = _TELNET.match(data).end()  # type: ignore[union-attr]  # it matches the empty string
+    end = _LINE_END.search(data, start)
+    line = data[start : end.start()] if end else data[start:]
+    if len(line.rstrip(b"\r")) > MAX_QUERY:
+        return FingerQuery(too_long=True)
+    return parse_finger_line(clean(decode(line))) if end or ended else None
+
+
+# ---- the setter's two lines --------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """A user and the new status, "" to take the message back; or the problem with them."""
+
+    user: str
+    text: str
+    problem: str = ""
+
+
+# A page in somebody's browser can make it POST to localhost; it cannot make it leave this out.
+_HTTP_REQUEST = re.compile(r"[A-Z]+ .* ?HTTP/[0-9.]+")
+
+
+def parse_setting(data: bytes, ended: bool) -> Setting | None:
+    """The setting in what a client has sent so far, or None while there may be more of it."""
+    first, newline, rest = data.partition(b"\n")
+    second, second_newline, _ = rest.partition(b"\n")
+    if len(first) + len(second) > MAX_SETTING:
+        return Setting("", "", "too long")
+    if not newline and not ended:
+        return None
+    user, text = clean(decode(first)), clean(decode(second))
+    if _HTTP_REQUEST.fullmatch(user):
+        return Setting("", "", "this is not a web server")
+    if name_problem(user):
+        return Setting("", "", name_problem(user))
+    if not second_newline and not ended:
+        return None
+    if not rest:
+        return Setting("", "", "no status line")
+    return Setting(user, text, status_problem(text))
+
+
+# ---- times -------------------------------------------------------------------------------------
+
+
+def utc(when: float) -> datetime.datetime:
+    """The moment `when` (seconds since 1970) as a date in UTC."""
+    return datetime.datetime.fromtimestamp(when, datetime.timezone.utc)
+
+
+def plain_time(when: float) -> str:
+    """`when` as people read it: 2026-11-23 01:40 UTC."""
+    return utc(when).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def iso_time(when: float) -> str:
+    """`when` as programs read it (RFC 3339): 2026-11-23T01:40:00Z."""
+    return utc(when).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@functools.lru_cache(maxsize=1024)  # the Date header is made once a second: 3 µs less per answer
+def http_time(second: int) -> str:
+    """`second` as HTTP writes it (RFC 9110, section 5.6.7)."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
+# ---- HTTP/1.1 request heads (RFC 9112) ---------------------------------------------------------
+
+
+class HttpHead(NamedTuple):
+    """A request head, or in `problem` the status (400 to 505) with which it is refused."""
+
+    problem: int = 0
+    size: int = 0  # bytes of the head in front of the body
+    method: str = ""
+    path: str = ""
+    query: str = ""
+    headers: Mapping[str, str] = {}  # names in lower case; repeated ones joined with ", "
+    length: int = 0  # bytes of the body
+    http_1_1: bool = False
+    keep: bool = False  # whether the connection stays afterwards
+
+
+_HEAD_END = re.compile(rb"\n\r?\n")
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+_HEADER = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
+_TARGET = re.compile(r"(?:https?://[^/?#]*)?(/[^?]*|)(?:\?(.*))?", re.IGNORECASE)
+_HOST = re.compile(r"[0-9A-Za-z._:\[\]%-]*")
+
+
+def parse_headers(lines: list[bytes]) -> dict[str, str] | None:
+    """The headers in `lines`, or None if one is malformed or a Host or Content-Length repeated."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = _HEADER.fullmatch(line)
+        if not match:
+            return None
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
+        if name in headers:
+            if name in ("host", "content-length"):
+                return None
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
+    """The status that refuses a request with these headers, or 0."""
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" in headers:
+        return 501
+    if ("host" not in headers and http_1_1) or not _HOST.fullmatch(headers.get("host", "")):
+        return 400
+    if not (length.isascii() and length.isdigit()):
+        return 400
+    if len(length) > 9 or int(length) > MAX_BODY:
+        return 413
+    return 417 if headers.get("expect", "100-continue").lower() != "100-continue" else 0
+
+
+def size_problem(lines: list[bytes]) -> int:
+    """The status that refuses a head (or its beginning) of these lines for its size, or 0."""
+    if len(lines[0]) > MAX_HTTP_LINE:
+        return 414
+    too_long = any(len(line) > MAX_HTTP_LINE for line in lines)
+    return 431 if too_long or sum(map(len, lines)) + len(lines) > MAX_HTTP_HEAD else 0
+
+
+@functools.lru_cache(maxsize=256)  # a client repeats itself: 9 µs less per kept-alive request
+def judge_http_head(head: bytes) -> HttpHead:
+    """What a complete request head asks, read strictly: a doubtful one could be smuggled."""
+    lines = [
+        line[:-1] if line.endswith(b"\r") else line for line in head.lstrip(b"\r\n").split(b"\n")
+    ]
+    match = _REQUEST_LINE.fullmatch(lines[0])
+    if size_problem(lines):
+        return HttpHead(size_problem(lines))
+    if not match:
+        return HttpHead(400)
+    if match[3] != b"1":
+        return HttpHead(505)
+    http_1_1, headers = match[4] != b"0", parse_headers(lines[1:-2])
+    method, target = match[1].decode(), _TARGET.fullmatch(match[2].decode("latin-1"))
+    if headers is None or (target is None and method not in ("OPTIONS", "CONNECT")):
+        return HttpHead(400)
+    if header_problem(headers, http_1_1):
+        return HttpHead(header_problem(headers, http_1_1))
+    tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
+    return HttpHead(
+        size=len(head),
+        method=method,
+        path=target[1] or "/" if target else "*",
+        query=target[2] or "" if target else "",
+        headers=headers,
+        length=int(headers.get("content-length", "0")),
+        http_1_1=http_1_1,
+        keep="close" not in tokens and (http_1_1 or "keep-alive" in tokens),
+    )
+
+
+def parse_http_head(data: bytes, ended: bool) -> HttpHead | None:
+    """The request head at the front of `data`, or None while it is incomplete."""
+    end = _HEAD_END.search(data, len(data) - len(data.lstrip(b"\r\n")))
+    if end:
+        return judge_http_head(data[: end.end()])
+    problem = size_problem(data.lstrip(b"\r\n").split(b"\n"))
+    return HttpHead(problem) if problem else None
+
+
+def format_http_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    """The status line and the headers of a response, with the empty line behind them."""
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def path_user(path: str) -> str:
+    """The user whom a request's path names: all of it, percent-encoded UTF-8."""
+    return clean(decode(urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))))
+
+
+def weigh(accept: str, media_type: str) -> float:
+    """How much an Accept header wants `media_type`, 0 to 1; the most specific range counts."""
+    best = (-1, 0.0)
+    for part in accept.lower().split(","):
+        media_range, *parameters = [word.strip() for word in part.split(";")]
+        ranks = {"*/*": 0, media_type.split("/")[0] + "/*": 1, media_type: 2}
+        weights = [word[2:] for word in parameters if word.startswith("q=")] or ["1"]
+        if media_range in ranks and re.fullmatch(r"[01](\.[0-9]{0,3})?", weights[0]):
+            best = max(best, (ranks[media_range], float(weights[0])))
+    return best[1]
+
+
+# ---- pages -------------------------------------------------------------------------------------
+
+FORMATS = {  # what a web client may ask for, by Accept or by ?format=
+    "html": "text/html",
+    "text": "text/plain",
+    "json": "application/json",
+    "atom": "application/atom+xml",
+}
+
+
+@functools.lru_cache(maxsize=256)
+def choose_format(query: str, accept: str) -> str:
+    """The name in FORMATS that a request wants most, "" where it is none of them."""
+    asked = urllib.parse.parse_qs(query).get("format")
+    if asked:
+        return asked[-1] if asked[-1] in FORMATS else ""
+    weights = {name: weigh(accept or "*/*", media_type) for name, media_type in FORMATS.items()}
+    best = max(weights, key=lambda name: weights[name])
+    return best if weights[best] else ""
+
+
+_STYLE = """
+:root { color-scheme: light dark }
+body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 2rem auto }
+body { padding: 0 1rem }
+h1, p, dt, dd { unicode-bidi: plaintext; overflow-wrap: anywhere }
+h1 + p { font-size: 1.4rem }
+dt { font-weight: bold; margin-top: 1rem }
+dd { margin: 0 }
+time, footer { opacity: .7; font-size: .9rem }
+"""
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+CONTENT_SECURITY_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="30">
+<link rel="icon" href="data:,">
+{feed}<style>{style}</style>
+</head>
+<body>
+<main>
+{main}
+</main>
+</body>
+</html>
+"""
+
+
+def html_page(title: str, main: str, feed: str = "") -> str:
+    """A whole page around `main`, which is HTML already; `feed` is the URL of its Atom feed."""
+    if feed:
+        feed = f'<link rel="alternate" type="application/atom+xml" href="{html.escape(feed)}">\n'
+    return _PAGE.format(title=html.escape(title), main=main, feed=feed, style=_STYLE)
+
+
+def html_time(when: float) -> str:
+    """`when` as an exact <time> element."""
+    return f'<time datetime="{iso_time(when)}">{plain_time(when)}</time>'
+
+
+def html_error(title: str, words: str) -> str:
+    """The page that says `words` below `title`."""
+    return html_page(title, f"<h1>{html.escape(title)}</h1><p>{html.escape(words)}</p>")
+
+
+def json_status(user: str, text: str, since: float) -> str:
+    """One user's status as a JSON object."""
+    return json.dumps({"user": user, "status": text, "since": iso_time(since)}, ensure_ascii=False)
+
+
+class FeedEntry(NamedTuple):
+    """One status in a feed; `id` stays the same as long as the status does."""
+
+    id: str
+    user: str
+    text: str
+    since: float
+    url: str
+
+
+def atom_feed(feed_id: str, title: str, url: str, updated: float, entries: list[FeedEntry]) -> str:
+    """An Atom feed (RFC 4287) of `entries`, whose page stands at the absolute `url`."""
+    parts = [
+        '<?xml version="1.0" encoding="utf-8"?>\n<feed xmlns="http://www.w3.org/2005/Atom">\n'
+        f"<id>{html.escape(feed_id)}</id>\n<title>{html.escape(title)}</title>\n"
+        f"<updated>{iso_time(updated)}</updated>\n<author><name>fingerd</name></author>\n"
+        f'<link rel="alternate" type="text/html" href="{html.escape(url)}"/>\n'
+        f'<link rel="self" href="{html.escape(url)}?format=atom"/>\n'
+    ]
+    for entry in entries:
+        user, text, url = (html.escape(words) for words in (entry.user, entry.text, entry.url))
+        parts.append(
+            f"<entry>\n<id>{html.escape(entry.id)}</id>\n<title>{user}: {text}</title>\n"
+            f"<updated>{iso_time(entry.since)}</updated>\n<author><name>{user}</name></author>\n"
+            f'<link rel="alternate" type="text/html" href="{url}"/>\n'
+            f"<content>{text}</content>\n</entry>\n"
+        )
+    return "".join(parts) + "</feed>\n"
+
+
+# ---- XML-RPC -----------------------------------------------------------------------------------
+
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD = -32700, -32600, -32601  # the codes of "Specification for
+INVALID_PARAMS, FAULT_INSIDE = -32602, -32603  # Fault Code Interoperability" (Dan Libby, 2001)
+DENIED = -32500
+
+
+class RpcCall(NamedTuple):
+    """A call, or the fault with which it is answered."""
+
+    method: str = ""
+    params: tuple[Any, ...] = ()
+    fault: xmlrpc.client.Fault | None = None
+
+
+def _refuse_doctype(*_declaration: object) -> None:
+    """Ends the parse: entities, which can expand without bounds, need a DOCTYPE."""
+    raise ValueError("a DOCTYPE is not accepted")
+
+
+def parse_rpc_call(body: bytes) -> RpcCall:
+    """The method call in `body`, whatever encoding it declares."""
+    target = xmlrpc.client.Unmarshaller(use_builtin_types=True)
+    parser = xml.parsers.expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = target.start, target.end
+    parser.CharacterDataHandler = target.data
+    parser.StartDoctypeDeclHandler = _refuse_doctype
+    try:
+        target.xml(None, None)  # expat hands over text, not bytes
+        parser.Parse(body, True)
+        params = target.close()
+    except xmlrpc.client.Fault:  # a posted <methodResponse> that holds a fault
+        return RpcCall(fault=xmlrpc.client.Fault(INVALID_REQUEST, "not a method call"))
+    except Exception:  # expat and the unmarshaller raise whatever broken input makes them raise
+        return RpcCall(fault=xmlrpc.client.Fault(PARSE_ERROR, "not well-formed XML-RPC"))
+    method = target.getmethodname()
+    if method is None:
+        return RpcCall(fault=xmlrpc.client.Fault(INVALID_REQUEST, "not a method call"))
+    return RpcCall(method, params)
+
+
+def format_rpc_response(answer: Any) -> bytes:
+    """The response that carries `answer`, a Fault or a value."""
+    value = answer if isinstance(answer, xmlrpc.client.Fault) else (answer,)
+    text = xmlrpc.client.dumps(value, methodresponse=True, allow_none=True)
+    return text.encode("utf-8", "xmlcharrefreplace")
+
+
+# ================================================================================================
+# 3. store: one dict behind one lock; whoever spoke last about a user is heard
+# ================================================================================================
+
+
+class Status(NamedTuple):
+    """What is shown for a user, and since when (seconds since 1970)."""
+
+    text: str
+    since: float
+
+
+class Message(NamedTuple):
+    """What was set for a user; it stands while the users file still says what it covers."""
+
+    text: str
+    since: float
+    covers: str | None  # the file's text at the time, None where the file did not name the user
+    by: str  # the address that set it
+
+
+class Change(NamedTuple):
+    """A status that became visible as the store's version rose to `version`."""
+
+    version: int
+    user: str
+    text: str
+
+
+class NotKept(Exception):
+    """A message could not be kept, and nothing changed; the text says why in plain words."""
+
+
+class StateFile:
+    """What was set, on disk: SQLite, a row a user, readable with the sqlite3 tool.
+
+    Made before privileges are dropped and open ever after. Not for two threads at once. Raises
+    NotKept where the file cannot be had: unusable, somebody else's, or in use by another fingerd.
+    """
+
+    APPLICATION_ID = 0x46494E47  # "FING", in the file's header
+    SCHEMA = """
+        PRAGMA application_id = 0x46494E47;
+        PRAGMA user_version = 1;
+        CREATE TABLE IF NOT EXISTS messages (
+            user TEXT PRIMARY KEY,
+            text TEXT NOT NULL,
+            since REAL NOT NULL,  -- seconds since 1970
+            covers TEXT,          -- the users file's text at the time, NULL for none
+            set_by TEXT NOT NULL  -- address
+        ) WITHOUT ROWID;
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        try:
+            import sqlite3  # slow to import, and not every Python has it
+        except ImportError:
+            raise NotKept("this Python has no sqlite3") from None
+        self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+        try:
+            self._lock = self._sole_use(path)
+            self._db = sqlite3.connect(
+                str(path), timeout=2.0, isolation_level=None, check_same_thread=False
+            )
+            self._prepare()
+        except self.errors as problem:
+            raise NotKept(f"{path}: {problem}") from None
+
+    @staticmethod
+    def _sole_use(path: pathlib.Path) -> int:
+        """A lock on a file of its own: SQLite's locks on the database would go with this one."""
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        lock = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise OSError("another fingerd is using it") from None
+        return lock
+
+    def _prepare(self) -> None:
+        """Make a new database ours; leave alone whatever is not."""
+        (application,) = self._db.execute("PRAGMA application_id").fetchone()
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        tables = self._db.execute("SELECT name FROM sqlite_master").fetchall()
+        if application != self.APPLICATION_ID and (application or tables):
+            raise OSError("not a fingerd state file")
+        if version > 1:
+            raise OSError("made by a newer fingerd")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} COMMIT")
+        (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise OSError(f"damaged: {verdict}")
+
+    def load(self) -> dict[str, Message]:
+        """Every message that was kept."""
+        try:
+            rows = self._db.execute(
+                "SELECT user, text, CAST(since AS REAL), covers, set_by FROM messages"
+            )
+            return {
+                clean(str(user)): Message(clean(str(text)), *rest) for user, text, *rest in rows
+            }
+        except self.errors as problem:
+            raise NotKept(str(problem)) from None
+
+    def write(self, changes: Mapping[str, Message | None]) -> None:
+        """Put `changes` on disk, None to forget, all of them or none: NotKept says why none."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for user, message in changes.items():
+                if message:
+                    row = (user, *message)
+                    self._db.execute("REPLACE INTO messages VALUES (?, ?, ?, ?, ?)", row)
+                else:
+                    self._db.execute("DELETE FROM messages WHERE user = ?", (user,))
+            self._db.execute("COMMIT")
+        except self.errors as problem:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise NotKept(f"could not be kept: {problem}") from None
+
+    def close(self) -> None:
+        """Fold the write-ahead log into the database, and let go of it."""
+        with contextlib.suppress(*self.errors):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.close()
+        os.close(self._lock)
+
+
+class Snapshot(NamedTuple):
+    """All that is visible at one moment. It never changes: a writer publishes another one.
+
+    A user of the file costs a name and a text, which the garbage collector need not look at.
+    """
+
+    version: int = 0
+    changed: float = 0.0  # when it became so
+    file: dict[str, str] = {}  # what the users file says, empty texts included
+    loaded: float = 0.0  # since when the file says so,
+    dates: dict[str, float] = {}  # but for these, which a later reload brought
+    heard: dict[str, Status] = {}  # the messages that stand
+    names: list[str] = []  # the users with a text in the file, sorted,
+    others: list[str] = []  # and those who have only a message, sorted
+
+    def get(self, user: str) -> Status | None:
+        """The user's status, or None for an unknown user and for one without a status."""
+        status = self.heard.get(user)
+        if status:
+            return status
+        text = self.file.get(user)
+        return Status(text, self.dates.get(user, self.loaded)) if text else None
+
+    def users(self) -> Iterator[tuple[str, Status]]:
+        """Everybody who has a status, sorted by name."""
+        for name in heapq.merge(self.names, self.others):
+            status = self.get(name)
+            if status:
+                yield name, status
+
+    def size(self) -> int:
+        """How many users have a status."""
+        return len(self.names) + len(self.others)
+
+
+def sorted_in_slices(names: list[str]) -> list[str]:
+    """`names` in order; slice by slice, for one sort of a million would stop every thread."""
+    slices = (sorted(names[start : start + 20_000]) for start in range(0, len(names), 20_000))
+    return list(heapq.merge(*slices))
+
+
+class _Order:
+    """A message on its way to the disk, and what became of it."""
+
+    def __init__(self, user: str, text: str, by: str) -> None:
+        self.user, self.text, self.by = user, text, by
+        self.done = False
+        self.problem = "could not be kept"  # until it is known to be
+
+
+class StatusStore:
+    """Everybody's status: what the users file says, and the messages that were set over it.
+
+    A reader takes a snapshot and no lock. Writers take turns; a writer may wait for the disk, and
+    nobody but other writers waits with it.
+    """
+
+    def __init__(self, state: StateFile | None = None) -> None:
+        self._state = state
+        self._writing = threading.Lock()
+        self._orders: collections.deque[_Order] = collections.deque()
+        self._messages = state.load() if state else {}
+        self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
+        self._now = Snapshot()
+
+    def snapshot(self) -> Snapshot:
+        """All that is visible now, consistent in itself."""
+        return self._now
+
+    def get(self, user: str) -> Status | None:
+        """The user's status, or None for an unknown user and for one without a status."""
+        return self._now.get(user)
+
+    @property
+    def version(self) -> int:
+        """A number that rises with everything that becomes visible."""
+        return self._now.version
+
+    def changes_after(self, version: int) -> list[Change]:
+        """The statuses that became visible since, oldest first; the last MAX_CHANGES at most."""
+        return [change for change in self._changes.copy() if change.version > version]
+
+    def replace_file(self, texts: dict[str, str], when: float) -> bool:
+        """Let the users file say `texts` from `when` on; tells whether that is anything new.
+
+        A message over a line that changed is forgotten, one whose user is absent is hidden. The
+        first load is told to nobody as a change. `texts` belongs to the store from now on.
+        """
+        with self._writing:
+            old, first = self._now, not self._now.version
+            changed = [user for user, text in texts.items() if old.file.get(user) != text]
+            gone = [user for user in old.file if user not in texts]
+            if not (first or changed or gone):
+                return False
+            self._forget_outdated(texts)
+            dates = {user: since for user, since in old.dates.items() if user in texts}
+            dates.update(dict.fromkeys(() if first else changed, when))
+            same_names = not gone and all(old.file.get(user) and texts[user] for user in changed)
+            new = old._replace(
+                file=texts,
+                loaded=when if first else old.loaded,
+                dates=dates,
+                names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
+                heard={
+                    user: Status(message.text, message.since)
+                    for user, message in self._messages.items()
+                    if message.covers == texts.get(user)
+                },
+            )
+            self._publish(new, when, () if first else changed)
+        return True
+
+    def _forget_outdated(self, texts: Mapping[str, str]) -> None:
+        """Forget the messages whose user's line is not what they cover any more."""
+        outdated = [
+            user
+            for user, message in self._messages.items()
+            if user in texts and texts[user] != message.covers
+        ]
+        for user in outdated:
+            del self._messages[user]
+        try:
+            if self._state and outdated:
+                self._state.write(dict.fromkeys(outdated))
+        except NotKept as problem:  # no harm is done: the next start compares again
+            log.warning("the state file: %s", problem)
+
+    def set(self, user: str, text: str, by: str = "") -> None:
+        """Set the user's message, "" to take it back; returns once that is on disk and visible.
+
+        Raises NotKept, with nothing changed, where it cannot be. Those who come together share a
+        commit: the first one in carries out the orders of all who wait behind it.
+        """
+        order = _Order(user, text, by)
+        self._orders.append(order)
+        with self._writing:
+            if not order.done:
+                self._carry_out([self._orders.popleft() for _ in range(len(self._orders))])
+        if order.problem:
+            raise NotKept(order.problem)
+
+    def _carry_out(self, orders: list[_Order]) -> None:
+        """Commit and publish `orders` at once, and tell each its outcome."""
+        changes: dict[str, Message | None] = {}
+        carried_out: list[_Order] = []
+        room, when = MAX_MESSAGES - len(self._messages), time.time()
+        for order in orders:
+            order.done = True
+            new = order.text and order.user not in self._messages and not changes.get(order.user)
+            if new and not room:
+                order.problem = f"no room for more than {MAX_MESSAGES} messages"
+                continue
+            room -= bool(new)
+            covers = self._now.file.get(order.user)
+            message = Message(order.text, when, covers, order.by) if order.text else None
+            changes[order.user] = message
+            carried_out.append(order)
+        try:
+            if self._state:
+                self._state.write(changes)
+        except NotKept as problem:
+            log.error("the state file: %s", problem)
+            return
+        self._apply(changes, when)
+        for order in carried_out:
+            order.problem = ""
+
+    def _apply(self, changes: Mapping[str, Message | None], when: float) -> None:
+        """Let `changes`, which are kept by now, be heard."""
+        old, heard = self._now, dict(self._now.heard)
+        for user, message in changes.items():
+            heard.pop(user, None)
+            self._messages.pop(user, None)
+            if message:
+                heard[user] = Status(message.text, message.since)
+                self._messages[user] = message
+        self._publish(old._replace(heard=heard), when, changes)
+
+    def _publish(self, new: Snapshot, when: float, users: Iterable[str]) -> None:
+        """Make `new` what is visible; `users` are those who may have another text by it."""
+        old, version = self._now, self._now.version + 1
+        for user in users:
+            before, after = old.get(user), new.get(user)
+            if after and (before is None or before.text != after.text):
+                version += 1
+                self._changes.append(Change(version, user, after.text))
+        latest = max((status.since for status in new.heard.values()), default=when)
+        others = sorted(user for user in new.heard if not new.file.get(user))
+        self._now = new._replace(version=version, changed=max(when, latest), others=others)
+
+    def close(self) -> None:
+        """Let go of the state file, once nobody writes any more."""
+        with self._writing:
+            if self._state:
+                self._state.close()
+
+
+# ================================================================================================
+# 4. answers: the store and a parsed query make a reply; time comes in, bytes go out
+# ================================================================================================
+
+
+class Policy(NamedTuple):
+    """What the administrator decided about answers."""
+
+    private: bool = False  # nobody is told who has a status
+    hostnames: frozenset[str] = frozenset({"localhost"})  # this machine's names, in lower case
+    finger_host: str = "localhost"  # where pages say that users can be fingered,
+    finger_port: int = 0  # 0 for nowhere
+    public_url: str = ""  # the web server's address behind a proxy, ending in "/"
+
+
+# ---- finger ------------------------------------------------------------------------------------
+
+
+def is_this_machine(host: str, policy: Policy, reached: str) -> bool:
+    """Whether `host` in a query names this machine, which the client reached at `reached`."""
+    host = host.lower().rstrip(".")
+    return host in policy.hostnames or host.strip("[]") == reached
+
+
+def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "") -> str:
+    """The answer to a finger query, each line ended by CRLF (RFC 1288, section 2.2).
+
+    `reached` is the address at which the client reached us; it counts where a host is named.
+    """
+    if query.too_long:
+        return "Query too long\r\n"
+    if query.host is not None and not is_this_machine(query.host, policy, reached):
+        return "Finger forwarding service denied\r\n"
+    if not query.user:
+        return finger_listing(now, query.long, policy)
+    status = now.get(query.user)
+    if status is None:
+        return NO_SUCH_USER + "\r\n"
+    if not query.long:
+        return status.text + "\r\n"
+    since = plain_time(status.since)
+    return f"Login: {query.user}\r\nStatus: {status.text}\r\nSince: {since}\r\n"
+
+
+def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
+    """Everybody, as much of it as fits into MAX_LISTING bytes."""
+    if policy.private:
+        return "Finger online user list denied\r\n"
+    lines: list[str] = []
+    room = MAX_LISTING - len("... and 2000000 more\r\n")
+    for user, status in now.users():
+        since = f" (since {plain_time(status.since)})" if long else ""
+        line = f"{user}: {status.text}{since}\r\n"
+        room -= len(line.encode())
+        if room <= 0:
+            lines.append(f"... and {now.size() - len(lines)} more\r\n")
+            break
+        lines.append(line)
+    return "".join(lines)
+
+
+# ---- web ---------------------------------------------------------------------------------------
+
+
+class Page(NamedTuple):
+    """All of a response that no single request decides, so that it can be remembered."""
+
+    status: int
+    media_type: str
+    pieces: list[bytes]
+    etag: str
+    modified: int = 0  # from this second on it is what it is; 0 where nobody can say
+    cache: str = "no-cache"
+    allow: str = ""  # the methods that would be accepted, where this one was not
+
+    def length(self) -> int:
+        """Bytes of the body."""
+        return sum(map(len, self.pieces))
+
+
+def in_pieces(texts: Iterable[str]) -> list[bytes]:
+    """`texts` as UTF-8, some 64 KiB apiece."""
+    pieces: list[bytes] = []
+    texts = iter(texts)
+    while True:
+        piece = "".join(itertools.islice(texts, 1_000)).encode()
+        if not piece:
+            return pieces
+        pieces.append(piece)
+
+
+def make_page(status: int, name: str, texts: Iterable[str], since: float | None = None) -> Page:
+    """The page of `texts` in the format `name`, which became what it is at `since`."""
+    pieces = in_pieces(texts)
+    digest = hashlib.blake2b(digest_size=12)
+    for piece in pieces:
+        digest.update(piece)
+    charset = "" if name == "json" else "; charset=utf-8"
+    modified = 0 if since is None else int(since) + 1
+    return Page(status, FORMATS[name] + charset, pieces, f'"{digest.hexdigest()}"', modified)
+
+
+def error_page(status: int, allow: str = "") -> Page:
+    """The page that says no more than its status."""
+    phrase = http.HTTPStatus(status).phrase
+    return make_page(status, "html", [html_error(str(status), phrase)])._replace(allow=allow)
+
+
+class WebAnswers:
+    """The pages of the store's users; each is made once for a version of the store."""
+
+    def __init__(self, store: StatusStore, policy: Policy) -> None:
+        self._store, self._policy = store, policy
+        self._remembered: tuple[int, dict[tuple[str, str], Page]] = (0, {})
+        self._newest: tuple[int, list[tuple[str, Status]]] = (0, [])
+        self._base = policy.public_url or "/"
+
+    def page(self, head: HttpHead) -> Page:
+        """The page that a GET asks for."""
+        name = choose_format(head.query, head.headers.get("accept", ""))
+        if not name:
+            words = "The formats are " + ", ".join(FORMATS) + "."
+            return make_page(406, "html", [html_error("Not Acceptable", words)])
+        now = self._store.snapshot()
+        version, pages = self._remembered
+        if version != now.version:
+            pages = {}
+            self._remembered = (now.version, pages)
+        page = pages.get((name, head.path))
+        if page is None:
+            page = self._make(now, name, head)
+            if len(pages) >= MAX_PAGES:
+                pages.clear()
+            if page.cache == "no-cache":
+                pages[name, head.path] = page
+        return page
+
+    def _make(self, now: Snapshot, name: str, head: HttpHead) -> Page:
+        """The page in the format `name` for a path."""
+        if head.path == "/":
+            return self._everybody(now, name, head)
+        user = path_user(head.path)
+        status = now.get(user)
+        if status is None:
+            return self._nobody(name, user[:MAX_NAME])
+        if name == "atom":
+            return self._feed(now, head, user, [(user, status)])
+        made = {"html": self._user_html, "json": json_status, "text": self._user_text}[name]
+        return make_page(200, name, [made(user, *status)], status.since)
+
+    def _nobody(self, name: str, user: str) -> Page:
+        if name == "text":
+            return make_page(404, name, [NO_SUCH_USER + "\n"])
+        if name == "json":
+            return make_page(404, name, [json.dumps({"user": user, "error": NO_SUCH_USER})])
+        return make_page(404, "html", [html_error(user, NO_SUCH_USER)])
+
+    def _user_text(self, _user: str, text: str, _since: float) -> str:
+        return text + "\n"
+
+    def _user_html(self, user: str, text: str, since: float) -> str:
+        url = self._base + urllib.parse.quote(user, safe="")
+        links = [f'<a href="{html.escape(self._base)}">everybody</a>']
+        if self._policy.finger_port:
+            links += self._finger_links(user)
+        links.append(f'<a href="{html.escape(url)}?format=atom">feed</a>')
+        main = (
+            f"<h1>{html.escape(user)}</h1><p>{html.escape(text)}</p>\n"
+            f"<p>since {html_time(since)}</p>\n<footer>{' · '.join(links)}</footer>"
+        )
+        return html_page(user, main, f"{url}?format=atom")
+
+    def _finger_links(self, user: str) -> list[str]:
+        """How to finger the user: the command, and the same as a link."""
+        host, port = self._policy.finger_host, self._policy.finger_port
+        command = f"finger {shlex.quote(f'{user}@{host}')}"
+        if port != 79:  # finger(1) takes no port
+            command = f"echo {shlex.quote(user)} | nc {host} {port}"
+            host = f"{host}:{port}"
+        url = f"finger://{host}/{urllib.parse.quote(user, safe='')}"
+        return [f"<code>{html.escape(command)}</code>", f'<a href="{html.escape(url)}">finger</a>']
+
+    def _everybody(self, now: Snapshot, name: str, head: HttpHead) -> Page:
+        """The list of all users in the format `name`."""
+        if name == "html":
+            return make_page(200, name, [self._list_html(now)], now.changed)
+        if self._policy.private:
+            return make_page(403, "text", ["The list of users is private here.\n"])
+        if name == "atom":
+            return self._feed(now, head, "", self._newest_statuses(now))
+        if name == "text":
+            lines = (format_users_line(user, status.text) for user, status in now.users())
+            return make_page(200, name, lines, now.changed)
+        objects = (",\n" + json_status(user, *status) for user, status in now.users())
+        first = next(objects, ",\n")[2:]
+        return make_page(200, name, itertools.chain(["[", first], objects, ["]\n"]), now.changed)
+
+    def _list_html(self, now: Snapshot) -> str:
+        """The page at /: the users, unless they are private, and how to use the place."""
+        parts = ["<h1>fingerd</h1>\n<p>usage: site/user</p>\n"]
+        if self._policy.private:
+            return html_page("fingerd", "".join(parts))
+        rows = []
+        for user, (text, since) in itertools.islice(now.users(), MAX_PAGE_USERS):
+            url = html.escape(self._base + urllib.parse.quote(user, safe=""))
+            rows.append(
+                f'<dt><a href="{url}">{html.escape(user)}</a></dt>'
+                f"<dd>{html.escape(text)} {html_time(since)}</dd>\n"
+            )
+        parts += ["<dl>\n", *rows, "</dl>\n"] if rows else []
+        if now.size() > len(rows):
+            parts.append(f"<p>... and {now.size() - len(rows)} more</p>\n")
+        parts.append(f'<footer><a href="{html.escape(self._base)}?format=atom">feed</a></footer>')
+        return html_page("fingerd", "".join(parts), f"{self._base}?format=atom")
+
+    def _newest_statuses(self, now: Snapshot) -> list[tuple[str, Status]]:
+        """The MAX_FEED newest statuses, the newest first."""
+        if self._newest[0] != now.version:
+            newest = heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
+            self._newest = (now.version, newest)
+        return self._newest[1]
+
+    def _feed(
+        self, now: Snapshot, head: HttpHead, user: str, statuses: list[tuple[str, Status]]
+    ) -> Page:
+        """The Atom feed of `statuses`; where it had to be made for one Host, for that one alone."""
+        host = head.headers.get("host") or self._policy.finger_host
+        root = self._policy.public_url or f"finger://{self._policy.finger_host}/"
+        base = self._policy.public_url or f"http://{host}/"
+
+        def feed_id(*path: str) -> str:
+            return uuid.uuid5(uuid.NAMESPACE_URL, root + "\n".join(path)).urn
+
+        def url(name: str) -> str:
+            return base + urllib.parse.quote(name, safe="")
+
+        entries = [FeedEntry(feed_id(name, text), name, text, since, url(name))
+                   for name, (text, since) in statuses]  # fmt: skip
+        updated = max((status.since for _, status in statuses), default=now.changed)
+        feed = atom_feed(feed_id(user), user or "fingerd", url(user), updated, entries)
+        page = make_page(200, "atom", [feed], updated)
+        return page if self._policy.public_url else page._replace(cache="private, no-cache")
+
+
+def is_unchanged(head: HttpHead, page: Page) -> bool:
+    """Whether the client has the page already (RFC 9110, section 13.1; a date must be the same)."""
+    known = head.headers.get("if-none-match")
+    if known is not None:
+        return known == "*" or page.etag in re.findall(r'"[^"]*"', known)
+    return page.modified > 0 and head.headers.get("if-modified-since") == http_time(page.modified)
+
+
+def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
+    """The response with `page` to the request `head` at the time `now`, ready to be sent."""
+    headers = [
+        ("Date", http_time(int(now))),
+        ("Cache-Control", page.cache),
+        ("Vary", "Accept"),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Content-Security-Policy", CONTENT_SECURITY_POLICY),
+    ]
+    if page.etag:
+        headers.append(("ETag", page.etag))
+    if 0 < page.modified <= now:
+        headers.append(("Last-Modified", http_time(page.modified)))
+    if page.allow:
+        headers.append(("Allow", page.allow))
+    if head.keep != head.http_1_1:
+        headers.append(("Connection", "keep-alive" if head.keep else "close"))
+    if page.status == 200 and page.etag and is_unchanged(head, page):
+        return [format_http_head(304, headers)]
+    headers += [("Content-Type", page.media_type), ("Content-Length", str(page.length()))]
+    top = format_http_head(page.status, headers)
+    if head.method == "HEAD":
+        return [top]
+    return [top + page.pieces[0], *page.pieces[1:]] if page.pieces else [top]
+
+
+# ---- XML-RPC -----------------------------------------------------------------------------------
+
+
+class RpcMethod(NamedTuple):
+    """What introspection tells about a method."""
+
+    signature: list[str]  # the type of the result, then the parameters'
+    help: str
+
+
+RPC_METHODS = {
+    "getUser": RpcMethod(["string", "string"], "The user's status, or 'No such user'."),
+    "listUsers": RpcMethod(["struct"], f"Up to {MAX_RPC_USERS} users with their statuses."),
+    "system.listMethods": RpcMethod(["array"], "The names of all methods."),
+    "system.methodHelp": RpcMethod(["string", "string"], "What a method does."),
+    "system.methodSignature": RpcMethod(["array", "string"], "The types a method takes."),
+    "system.multicall": RpcMethod(["array", "array"], f"Up to {MAX_MULTICALL} calls at once."),
+}
+_RPC_TYPES = {"string": str, "array": list}
+
+
+class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
+    """The XML-RPC methods; a fault says what the caller did wrong, and nothing about us.
+
+    `report` is called, while the exception is being handled, for a fault that is ours.
+    """
+
+    def __init__(self, store: StatusStore, policy: Policy, report: Callable[[], None]) -> None:
+        super().__init__(allow_none=False, encoding="utf-8")
+        self._store, self._policy, self._report = store, policy, report
+        self.funcs = {"getUser": self._get_user, "listUsers": self._list_users}
+        self.register_introspection_functions()
+        self.register_multicall_functions()
+
+    def _get_user(self, name: Any) -> str:
+        status = self._store.get(clean(name))
+        return status.text if status else NO_SUCH_USER
+
+    def _list_users(self) -> dict[str, str]:
+        if self._policy.private:
+            raise xmlrpc.client.Fault(DENIED, "Finger online user list denied")
+        users = itertools.islice(self._store.snapshot().users(), MAX_RPC_USERS)
+        return {user: status.text for user, status in users}
+
+    def _marshaled_dispatch(self, data: Any, dispatch_method: Any = None, path: Any = None) -> Any:
+        """The response to a request's body; the stock one would tell our exceptions to anybody."""
+        call = parse_rpc_call(data)
+        try:
+            return format_rpc_response(call.fault or self._dispatch(call.method, call.params))
+        except xmlrpc.client.Fault as fault:
+            return format_rpc_response(fault)
+
+    def _dispatch(self, method: str, params: Any) -> Any:
+        """What the method answers; raises a Fault where it cannot."""
+        if method not in RPC_METHODS:
+            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
+        wanted = [_RPC_TYPES[name] for name in RPC_METHODS[method].signature[1:]]
+        if [type(param) for param in params] != wanted:
+            raise xmlrpc.client.Fault(INVALID_PARAMS, "wrong parameters")
+        try:
+            return self.funcs[method](*params)
+        except xmlrpc.client.Fault:
+            raise
+        except Exception:
+            self._report()
+            raise xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR) from None
+
+    def system_methodSignature(self, method_name: str) -> Any:
+        """A list that holds the method's only signature."""
+        return [self._known(method_name).signature]
+
+    def system_methodHelp(self, method_name: str) -> str:
+        """A sentence on the method."""
+        return self._known(method_name).help
+
+    def _known(self, method_name: str) -> RpcMethod:
+        if method_name not in RPC_METHODS:
+            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
+        return RPC_METHODS[method_name]
+
+    def system_multicall(self, call_list: list[Any]) -> list[Any]:
+        """For each call a list that holds its result, or a struct with its fault."""
+        if len(call_list) > MAX_MULTICALL:
+            raise xmlrpc.client.Fault(INVALID_PARAMS, f"more than {MAX_MULTICALL} calls")
+        return [self._one_of_many(call) for call in call_list]
+
+    def _one_of_many(self, call: Any) -> Any:
+        try:
+            if not isinstance(call, dict) or not isinstance(call.get("params"), list):
+                raise xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
+            if call.get("methodName") in ("system.multicall", "listUsers"):
+                raise xmlrpc.client.Fault(INVALID_REQUEST, "not inside a multicall")
+            return [self._dispatch(str(call.get("methodName")), call["params"])]
+        except xmlrpc.client.Fault as fault:
+            return {"faultCode": fault.faultCode, "faultString": fault.faultString}
+
+
+# ================================================================================================
+# 5. services: every socket, thread and clock; they know nothing of each other, only of the store
+# ================================================================================================
+
+
+class NotYet(Exception):
+    """A connection has to wait, and does so in the thread that accepts, where nobody may wait."""
+
+
+class Dismissed(ConnectionError):
+    """A connection that waited had to make room for another one."""
+
+
+# ---- who may wait ------------------------------------------------------------------------------
+
+
+class Crowd:
+    """The peers that hold a thread of one server: no more than `ceiling` at a time.
+
+    When it is full, the next one takes the place of a peer that keeps us waiting: the oldest of
+    the address that holds most, so that honest clients, who are done in milliseconds, always get
+    in. A peer that is being answered is never dismissed.
+    """
+
+    def __init__(self, ceiling: int) -> None:
+        self._ceiling = ceiling
+        self._lock = threading.Condition()
+        self._peers: dict[bytes, dict[Peer, None]] = {}  # by network; the oldest in front
+        self._size = 0
+        self._closed = False
+
+    def enter(self, peer: Peer) -> None:
+        """Let `peer` in, which begins by waiting; Dismissed if there is no room to be had."""
+        with self._lock:
+            if self._closed or (self._size >= self._ceiling and not self._make_room()):
+                raise Dismissed
+            self._peers.setdefault(peer.network, {})[peer] = None
+            self._size += 1
+            peer.waiting = True
+
+    def leave(self, peer: Peer) -> None:
+        """The peer's thread is done with it."""
+        with self._lock:
+            peers = self._peers.get(peer.network, {})
+            if peer in peers:
+                self._remove(peer)
+
+    def waits(self, peer: Peer) -> None:
+        """From now on `peer` keeps us waiting; raises Dismissed if nobody waits for it any more."""
+        with self._lock:
+            if self._closed or peer.dismissed:
+                raise Dismissed
+            peer.waiting = True
+
+    def came(self, peer: Peer) -> None:
+        """What `peer` kept us waiting for has come; raises Dismissed if it came too late."""
+        with self._lock:
+            if peer.dismissed:
+                raise Dismissed
+            peer.waiting = False
+
+    def close(self) -> None:
+        """Dismiss all who wait, now and from now on."""
+        with self._lock:
+            self._closed = True
+            while self._make_room():
+                pass
+
+    def wait_until_empty(self, seconds: float) -> bool:
+        """Whether everybody who was being answered had left within `seconds`."""
+        with self._lock:
+            return self._lock.wait_for(lambda: not self._size, seconds)
+
+    def _make_room(self) -> bool:
+        for peers in sorted(self._peers.values(), key=len, reverse=True):
+            for peer in peers:
+                if peer.waiting:
+                    peer.dismissed = True
+                    self._remove(peer)
+                    peer.wake()
+                    return True
+        return False
+
+    def _remove(self, peer: Peer) -> None:
+        del self._peers[peer.network][peer]
+        if not self._peers[peer.network]:
+            del self._peers[peer.network]
+        self._size -= 1
+        self._lock.notify_all()
+
+
+class Peer:
+    """One connection: bytes in, bytes out, and so much time for a whole exchange.
+
+    In the thread that accepts, `crowd` is None and whatever would have to wait raises NotYet; the
+    same handler then runs again in a thread of its own, with the bytes that have come by then.
+    """
+
+    __slots__ = ("sock", "address", "network", "deadline", "crowd", "data", "rest", "ended",
+                 "closing", "waiting", "dismissed")  # fmt: skip
+
+    def __init__(self, sock: socket.socket, address: str, seconds: float) -> None:
+        self.sock, self.address = sock, address
+        self.deadline = time.monotonic() + seconds
+        self.crowd: Crowd | None = None
+        self.data = self.rest = b""  # what came and is not used up; what is still to be sent
+        self.ended = self.closing = self.waiting = self.dismissed = False
+
+    def join(self, crowd: Crowd) -> None:
+        """Become one of those who may wait."""
+        host = self.address.partition("%")[0]
+        self.network = socket.inet_pton(socket.AF_INET6, host)[:8] if ":" in host else host.encode()
+        crowd.enter(self)
+        self.crowd = crowd
+
+    def be_patient(self) -> None:
+        """Go on only in a thread that has time: what follows may take some."""
+        if self.crowd is None:
+            raise NotYet
+
+    def allow(self, seconds: float) -> None:
+        """The time for what follows begins now."""
+        self.deadline = time.monotonic() + seconds
+
+    def receive(self) -> None:
+        """Take what comes next, or learn that nothing will; OSError when the time is up."""
+        if self.crowd is None:
+            try:
+                chunk = self.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                raise NotYet from None
+        else:
+            self.crowd.waits(self)
+            self.sock.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+            chunk = self.sock.recv(RECEIVE_BYTES)
+            self.crowd.came(self)
+        self.data += chunk
+        self.ended = not chunk
+
+    def read(self, parse: Callable[[bytes, bool], T | None]) -> T | None:
+        """What `parse` makes of the bytes, as soon as it makes anything; None if it never does."""
+        if not self.data:
+            self.receive()
+        value = parse(self.data, self.ended)
+        while value is None and not self.ended:
+            self.receive()
+            value = parse(self.data, self.ended)
+        return value
+
+    def send(self, pieces: list[bytes], last: bool) -> None:
+        """Send an answer; after the `last` one the connection ends."""
+        self.closing = last
+        if self.crowd is None:
+            answer = b"".join(pieces)
+            self.rest = answer[self.sock.send(answer, socket.MSG_DONTWAIT) :]
+            if self.rest:
+                raise NotYet
+            return
+        self.allow(SEND_SECONDS + sum(map(len, pieces)) / SLOWEST_READER)
+        for piece in pieces:
+            self.sock.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+            self.sock.sendall(piece)
+
+    def finish(self) -> None:
+        """Close: FIN, then take what still comes for a while, lest a reset eat the answer."""
+        try:
+            if self.crowd and self.closing and not self.ended:
+                self.sock.shutdown(socket.SHUT_WR)
+                self.allow(DRAIN_SECONDS)
+                while not self.ended and len(self.data) < DRAIN_BYTES:
+                    self.receive()
+        except OSError:
+            pass  # it was their loss
+        finally:
+            self.sock.close()
+
+    def wake(self) -> None:
+        """End what waits on the connection, from another thread."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+# ---- servers -----------------------------------------------------------------------------------
+
+
+def plain_address(address: Any) -> str:
+    """The IP address in a socket's `address`; an IPv4 one as such, also on an IPv6 socket."""
+    host: str = address[0]
+    return host[7:] if host.startswith("::ffff:") else host
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """What finger, setter and web share: an answer in place, or a thread for a peer that waits.
+
+    The query is nearly always there when a connection is accepted, and is answered there and then:
+    a seventh of the cost of a thread. Nothing that can block is done on that path.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    face = ""
+    seconds, ceiling = 0.0, 0
+    handler: type[socketserver.BaseRequestHandler]
+
+    def __init__(self, listening: socket.socket) -> None:
+        super().__init__(listening.getsockname(), self.handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listening
+        listening.setblocking(False)
+        if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when the query is there, or after 1 s
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+        self.crowd = Crowd(self.ceiling)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """The next connection as a Peer; raises BlockingIOError if there is none."""
+        sock, address = self.socket.accept()
+        host = plain_address(address)
+        return Peer(sock, host, self.seconds), host
+
+    def accept_all(self) -> bool:
+        """Serve those who queue; tells whether nobody is left, or there were BURST of them."""
+        for _ in range(BURST):
+            try:
+                peer, address = self.get_request()
+            except BlockingIOError:
+                return True
+            except ConnectionError:  # gone while it queued
+                continue
+            except OSError as problem:  # most likely we have no descriptor left for it
+                log.error("%s: cannot accept: %s", self.face, problem)
+                time.sleep(PAUSE_SECONDS)
+                return False
+            try:
+                self.process_request(peer, address)
+            except Exception:
+                with contextlib.suppress(Exception):
+                    self.handle_error(peer, address)
+                peer.sock.close()
+                self.crowd.leave(peer)
+        return False
+
+    def _handle_request_noblock(self) -> None:
+        """What serve_forever does when the listener is readable: accept until there is no more."""
+        self.accept_all()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in place, or hand the connection to a thread."""
+        try:
+            self.finish_request(request, client_address)
+        except NotYet:
+            request.join(self.crowd)
+            super().process_request(request, client_address)
+        else:
+            request.sock.close()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Send what is left of an answer, then let the handler go on."""
+        if request.rest:
+            request.send([request.rest], request.closing)
+        if not request.closing:
+            super().finish_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """A thread is done with its peer."""
+        request.finish()
+        self.crowd.leave(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A peer's fault ends its connection; any other is ours."""
+        problem = sys.exc_info()[1]
+        if isinstance(problem, OSError):
+            log.debug("%s: %s: %s", self.face, client_address, problem)
+        else:
+            log.exception("%s: %s", self.face, INTERNAL_ERROR)
+
+    def stop(self, deadline: float) -> None:
+        """Answer those who queue, listen no more, and let answers in flight finish.
+
+        Takes until `deadline` (time.monotonic()) at the longest.
+        """
+        self.shutdown()
+        until = time.monotonic() + QUEUE_SECONDS
+        while not self.accept_all() and time.monotonic() < until:
+            pass
+        self.server_close()
+        self.crowd.close()
+        self.crowd.wait_until_empty(deadline - time.monotonic())
+
+
+class FingerHandler(socketserver.BaseRequestHandler):
+    """One query, one answer."""
+
+    server: FingerServer
+
+    def handle(self) -> None:
+        """Answer the query as soon as it has come whole."""
+        peer: Peer = self.request
+        query = peer.read(parse_finger)
+        assert query, "an ended line is always a query"
+        if not query.user or query.too_long:  # a long answer, or more may be coming
+            peer.be_patient()
+        answer = self.server.answer(query, peer)
+        log.debug("finger: %s: %a", peer.address, query.user)
+        peer.send([answer.encode()], last=True)
+
+
+class FingerServer(Server):
+    """Answers finger queries (RFC 1288)."""
+
+    face, handler = "finger", FingerHandler
+    seconds, ceiling = FINGER_SECONDS, FINGER_CEILING
+
+    def __init__(self, listening: socket.socket, store: StatusStore, policy: Policy) -> None:
+        super().__init__(listening)
+        self.store, self.policy = store, policy
+
+    def answer(self, query: FingerQuery, peer: Peer) -> str:
+        """The answer, or that there was a fault inside."""
+        try:
+            reached = plain_address(peer.sock.getsockname()) if query.host else ""
+            return finger_answer(self.store.snapshot(), query, self.policy, reached)
+        except Exception:
+            log.exception("finger: %s", INTERNAL_ERROR)
+            return INTERNAL_ERROR + "\r\n"
+
+
+class SetterHandler(socketserver.BaseRequestHandler):
+    """Two lines: the user and the new status."""
+
+    server: SetterServer
+
+    def handle(self) -> None:
+        """Answer OK once the message is kept, or ERROR and the reason."""
+        peer: Peer = self.request
+        peer.be_patient()  # for the disk
+        setting = peer.read(parse_setting)
+        assert setting, "the end of the stream always decides"
+        problem = setting.problem or self.server.keep(setting, peer.address)
+        log.debug("setter: %s: %a: %s", peer.address, setting.user, problem or "OK")
+        peer.send([(f"ERROR {problem}" if problem else "OK").encode() + b"\r\n"], last=True)
+
+
+class SetterServer(Server):
+    """Lets whoever can reach it set a user's message; `refresh` looks at the users file first."""
+
+    face, handler = "setter", SetterHandler
+    seconds, ceiling = SETTER_SECONDS, SETTER_CEILING
+
+    def __init__(
+        self, listening: socket.socket, store: StatusStore, refresh: Callable[[], None]
+    ) -> None:
+        super().__init__(listening)
+        self.store, self.refresh = store, refresh
+
+    def keep(self, setting: Setting, address: str) -> str:
+        """Set the message and return ""; or the reason why that could not be done."""
+        try:
+            self.refresh()
+            self.store.set(setting.user, setting.text, address)
+        except NotKept as problem:
+            return str(problem)
+        except Exception:
+            log.exception("setter: %s", INTERNAL_ERROR)
+            return INTERNAL_ERROR
+        return ""
+
+
+class WebHandler(http.server.BaseHTTPRequestHandler):
+    """Requests one after the other, for as long as the client wants to stay.
+
+    `Peer` reads and writes in the place of the library's files, and `parse_http_head` judges in
+    the place of its parser, which lets requests through that another server would read otherwise.
+    """
+
+    server: WebServer
+
+    def setup(self) -> None:
+        """Nothing to prepare."""
+
+    def finish(self) -> None:
+        """Nothing to flush."""
+
+    def handle(self) -> None:
+        """Answer request after request, but in place only the first one."""
+        self.peer: Peer = self.request
+        while self.exchange():
+            self.peer.be_patient()
+
+    def exchange(self) -> bool:
+        """Read a request and answer it; tells whether there may be another one."""
+        peer = self.peer
+        head = peer.read(parse_http_head)
+        if head is None:
+            return False
+        if head.problem or head.length or head.path == "/" or head.method not in ("GET", "HEAD"):
+            peer.be_patient()  # for what is still to come, or for an answer that is long
+        body = self.read_body(head)
+        page = self.answer(head, body)
+        peer.data = peer.data[head.size + head.length :]
+        log.debug(
+            "web: %s: %s %a: %d", peer.address, head.method, head.path[:MAX_NAME], page.status
+        )
+        peer.send(web_response(head, page, time.time()), last=not head.keep)
+        peer.allow(WEB_SECONDS)
+        return head.keep
+
+    def read_body(self, head: HttpHead) -> bytes:
+        """The request's body, asked for if the client waits for that; OSError if it breaks off."""
+        peer, size = self.peer, head.size + head.length
+        if len(peer.data) < size and "expect" in head.headers and head.http_1_1:
+            peer.send([b"HTTP/1.1 100 Continue\r\n\r\n"], last=False)
+            peer.allow(WEB_SECONDS)
+        while len(peer.data) < size:
+            peer.receive()
+            if peer.ended:
+                raise ConnectionAbortedError("the body broke off")
+        return peer.data[head.size : size]
+
+    def answer(self, head: HttpHead, body: bytes) -> Page:
+        """The page that answers a request, good or bad."""
+        if head.problem:
+            return error_page(head.problem)
+        method = getattr(self, f"do_{head.method}", None)
+        return method(head, body) if method else error_page(501)
+
+    def do_GET(self, head: HttpHead, _body: bytes) -> Page:
+        """The page that was asked for."""
+        return self.server.page(head)
+
+    do_HEAD = do_GET  # web_response knows the difference
+
+    def do_POST(self, head: HttpHead, body: bytes) -> Page:
+        """The answer to an XML-RPC call; some clients post it to /."""
+        if head.path not in ("/", "/RPC2"):
+            return self.do_OPTIONS(head, body)
+        if "content-encoding" in head.headers:
+            return error_page(415)
+        return self.server.rpc_page(body)
+
+    def do_OPTIONS(self, head: HttpHead, _body: bytes) -> Page:
+        """What else can be done here."""
+        return error_page(405, "GET, HEAD, POST" if head.path in ("/", "/RPC2") else "GET, HEAD")
+
+    do_PUT = do_DELETE = do_PATCH = do_TRACE = do_CONNECT = do_OPTIONS
+
+
+class WebServer(Server):
+    """Serves the pages, and XML-RPC on /RPC2."""
+
+    face, handler = "web", WebHandler
+    seconds, ceiling = WEB_SECONDS, WEB_CEILING
+
+    def __init__(self, listening: socket.socket, store: StatusStore, policy: Policy) -> None:
+        super().__init__(listening)
+        self.answers = WebAnswers(store, policy)
+        self.rpc = RpcAnswers(store, policy, self.report)
+        self.making = threading.Lock()
+
+    def report(self) -> None:
+        """Log the exception that is being handled."""
+        log.exception("web: %s", INTERNAL_ERROR)
+
+    def page(self, head: HttpHead) -> Page:
+        """The page for a GET; a long list is made by one thread, for which the others wait."""
+        try:
+            with self.making if head.path == "/" else contextlib.nullcontext():
+                return self.answers.page(head)
+        except Exception:
+            self.report()
+            return error_page(500)
+
+    def rpc_page(self, body: bytes) -> Page:
+        """The response to an XML-RPC request."""
+        return Page(200, "text/xml; charset=utf-8", [self.rpc._marshaled_dispatch(body)], etag="")
+
+
+# ---- the users file ----------------------------------------------------------------------------
+
+
+class UsersError(Exception):
+    """The users file cannot be read; the text says why, in one line."""
+
+
+def blocking_path(path: pathlib.Path) -> str:
+    """The first part of `path` that cannot be passed, and why."""
+    path = path.absolute()
+    for part in [*reversed(path.parents), path]:
+        try:
+            part.stat()
+        except OSError as problem:
+            return f"{part}: {problem.strerror}"
+        if not os.access(part, os.X_OK if part.is_dir() else os.R_OK):
+            return f"{part}: {os.strerror(errno.EACCES)}"
+    return f"{path}: cannot be read"
+
+
+def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of `file`, of an endless one no more than a few bytes more than MAX_FILE_LINE.
+
+    Raises UsersError behind MAX_FILE bytes.
+    """
+    size = 0
+    while True:
+        line = file.readline(MAX_FILE_LINE + 1)
+        size += len(line)
+        if not line:
+            return
+        if len(line) > MAX_FILE_LINE:
+            tail = line
+            while tail and not tail.endswith(b"\n") and size <= MAX_FILE:
+                tail = file.readline(MAX_FILE_LINE)
+                size += len(tail)
+        if size > MAX_FILE:
+            raise UsersError(f"larger than {MAX_FILE} bytes")
+        yield line
+
+
+class Reading(NamedTuple):
+    """One look at the users file."""
+
+    users: UsersFile
+    modified: float
+    steady: bool  # nobody was at work on it
+
+
+class FileSource:
+    """The users file on disk."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._seen: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    @staticmethod
+    def _signature(status: os.stat_result) -> tuple[int, ...]:
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def changed(self) -> bool:
+        """Whether the file is not the one that was read last; also where it is not there."""
+        try:
+            return self._signature(self._path.stat()) != self._seen
+        except OSError:
+            return True
+
+    def settled(self) -> bool:
+        """Whether the file is at least a second old; an editor may be at work on a younger one."""
+        try:
+            return not 0 <= time.time() - self._path.stat().st_mtime < SETTLE_SECONDS
+        except OSError:
+            return True
+
+    def read(self, known: Mapping[str, str]) -> Reading:
+        """What the file says now; raises UsersError."""
+        try:
+            if not stat.S_ISREG(self._path.stat().st_mode):  # opening a device may do anything
+                raise UsersError(f"{self._path}: not a regular file")
+            with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                before = os.fstat(file.fileno())
+                if before.st_size > MAX_FILE:
+                    raise UsersError(f"{self._path}: larger than {MAX_FILE} bytes")
+                users = parse_users(bounded_lines(file), known)
+                after = self._signature(os.fstat(file.fileno()))
+        except OSError:
+            raise UsersError(blocking_path(self._path)) from None
+        steady = self.settled() and after == self._signature(before)
+        self._seen = after if steady else ()
+        return Reading(users, max(0.0, min(before.st_mtime, time.time())), steady)
+
+
+class Reloader(threading.Timer):
+    """Reads the users file every `interval` seconds, and whenever it is asked to.
+
+    One thread, without drift, which outlives whatever happens to the file: what it said last
+    stays in force, and that is logged once.
+    """
+
+    def __init__(self, source: FileSource, store: StatusStore, interval: float) -> None:
+        super().__init__(interval, self.look)
+        self.daemon, self.name = True, "reloader"
+        self._source, self._store = source, store
+        self._reading = threading.Lock()
+        self._complaint = ""
+        self._problems: list[tuple[int, str]] = []
+
+    def run(self) -> None:
+        """Look at the file at every tick until cancelled."""
+        due = time.monotonic() + self.interval
+        while not self.finished.wait(max(0.0, due - time.monotonic())):
+            due = max(due, time.monotonic() - self.interval) + self.interval
+            self.look()
+
+    def look(self, attempts: int = 10) -> None:
+        """Read the file if it changed, but put that off while somebody is at work on it."""
+        for attempt in range(attempts):
+            if attempt:
+                self.finished.wait(SETTLE_SECONDS)
+            try:
+                if self._take_if_changed():
+                    return
+            except Exception as problem:
+                self._complain(problem)
+                return
+
+    def refresh(self) -> None:
+        """Look at the file before a message is set over it."""
+        self.look(attempts=2)
+
+    def reload(self) -> None:
+        """Read the file in any case."""
+        try:
+            self.load()
+        except Exception as problem:
+            self._complain(problem)
+
+    def load(self) -> None:
+        """Read the file in any case; raises UsersError."""
+        with self._reading:
+            self._take(self._source.read(self._store.snapshot().file))
+
+    def _take_if_changed(self) -> bool:
+        """Let the store have a file that changed; False if it is changing still."""
+        if self._source.changed():
+            if not self._source.settled():
+                return False
+            with self._reading:
+                if self._source.changed():
+                    reading = self._source.read(self._store.snapshot().file)
+                    if not reading.steady:
+                        return False
+                    self._take(reading)
+        self._complain(None)
+        return True
+
+    def _take(self, reading: Reading) -> None:
+        """Let the store have what was read, and log what was wrong with it, once per content."""
+        users = reading.users
+        if len(users.texts) > MAX_USERS:
+            raise UsersError(f"{self._source}: more than {MAX_USERS} users")
+        first = not self._store.snapshot().version
+        when = reading.modified if first else time.time()
+        if self._store.replace_file(users.texts, when) or users.problems != self._problems:
+            self._problems = users.problems
+            for number, problem in users.problems:
+                log.warning("%s:%d: %s", self._source, number, problem)
+            if users.bad_lines > len(users.problems):
+                more = users.bad_lines - len(users.problems)
+                log.warning("%s: ... and %d more bad lines", self._source, more)
+            log.info("%s: %d users", self._source, len(users.texts))
+
+    def _complain(self, problem: Exception | None) -> None:
+        """Log that the file cannot be read, or can be again, but each only once."""
+        complaint = str(problem) if problem else ""
+        if complaint and complaint != self._complaint:
+            log.error("%s; what %s said last stays in force", complaint, self._source)
+        elif self._complaint and not complaint:
+            log.warning("%s can be read again", self._source)
+        self._complaint = complaint
+
+
+# ---- the machine -------------------------------------------------------------------------------
+
+
+class FloodFilter(logging.Filter):
+    """Keeps strangers from filling a disk: of equal complaints only some are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: dict[str, int] = {}  # of each format in this period
+        self._ends = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write the line; the last of its kind for now says that it is."""
+        if record.created >= self._ends:
+            self._counts, self._ends = {}, record.created + FLOOD_SECONDS
+        count = self._counts[record.msg] = self._counts.get(record.msg, 0) + 1
+        if count == FLOOD_LINES:
+            record.msg += " (more like this are not logged for a while)"
+        return count <= FLOOD_LINES or record.levelno < logging.WARNING
+
+
+class StartError(Exception):
+    """The service cannot start; the text says why, in one line."""
+
+
+FACES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # and where they listen
+
+
+class Address(NamedTuple):
+    """Where to listen; no host means every address of this machine."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def listen(face: str, address: Address) -> socket.socket:
+    """A listening socket; without a host for IPv4 and IPv6 alike where the machine has both."""
+    host, port = address
+    try:
+        if not host and socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+            )
+        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as problem:
+        words = getattr(problem, "strerror", None) or problem
+        raise StartError(f"cannot listen on {address}: {words} (see --{face})") from None
+
+
+def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
+    """The listeners that systemd passed us, by face: sd_listen_fds(3)."""
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    listeners = {}
+    for number in range(int(environ.get("LISTEN_FDS", "0"))):
+        name = names[number] if number < len(names) else ""
+        if name not in FACES or name in listeners:
+            raise StartError(f"LISTEN_FDNAMES: one each of {', '.join(FACES)}, not {name!a}")
+        listeners[name] = socket.socket(fileno=3 + number)
+        listeners[name].set_inheritable(False)
+    return listeners
+
+
+def notify(message: str) -> None:
+    """Tell the service manager, if there is one: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+class Identity(NamedTuple):
+    """Whom the service is run as."""
+
+    uid: int
+    gid: int
+
+
+def find_identity(run_as: str) -> Identity:
+    """The identity that USER[:GROUP] names, by names or by numbers."""
+    user, _, group = run_as.partition(":")
+    try:
+        entry = None if user.isdigit() else pwd.getpwnam(user)
+        uid = entry.pw_uid if entry else int(user)
+        if group:
+            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        else:
+            gid = entry.pw_gid if entry else uid
+    except (KeyError, ValueError):
+        raise StartError(f"--run-as: no such user or group: {run_as!a}") from None
+    return Identity(uid, gid)
+
+
+def drop_privileges(identity: Identity) -> None:
+    """Become `identity` for good; groups first, for afterwards they could not be changed."""
+    os.setgroups([])
+    os.setgid(identity.gid)
+    os.setuid(identity.uid)
+    now = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}, set(os.getgroups())
+    if now != ({identity.uid}, {identity.gid}, set()):
+        raise StartError(f"cannot become uid {identity.uid}, gid {identity.gid}")
+
+
+def import_what_is_lazy() -> None:
+    """Import what the library would import later: after the drop it may be out of reach."""
+    for name in ("encodings.idna", "encodings.latin_1", "linecache", "pydoc", "tokenize"):
+        importlib.import_module(name)
+
+
+def default_state(users: str, environ: Mapping[str, str], root: bool) -> pathlib.Path:
+    """Where the state of the users file lies unless --state says otherwise."""
+    name = str(pathlib.Path(users).absolute()).lstrip("/").replace("/", "-") + ".db"
+    if environ.get("STATE_DIRECTORY"):
+        return pathlib.Path(environ["STATE_DIRECTORY"].split(":")[0], name)
+    if root:
+        return pathlib.Path("/var/lib/fingerd", name)
+    home = environ.get("XDG_STATE_HOME") or pathlib.Path("~/.local/state").expanduser()
+    return pathlib.Path(home, "fingerd", name)
+
+
+def open_default_state(path: pathlib.Path, owner: Identity | None) -> StateFile | None:
+    """The state file in a directory that is made and handed to `owner`; None if it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = StateFile(path)
+        if owner:
+            for file in [path.parent, *path.parent.glob(path.name + "*")]:
+                os.chown(file, owner.uid, owner.gid, follow_symlinks=False)
+        return state
+    except (NotKept, OSError) as problem:
+        log.warning("messages will be lost at the end, for lack of a state file: %s", problem)
+        return None
+
+
+# ================================================================================================
+# 6. composition: the only code that sees the command line
+# ================================================================================================
+
+
+def parse_address(text: str) -> Address | None:
+    """The address in PORT, HOST:PORT or [v6]:PORT; None for `off`."""
+    if text == "off":
+        return None
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]:|([^:\[\]]+):)?([0-9]{1,5})", text, re.ASCII)
+    if not match or int(match[3]) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!a} is not PORT, HOST:PORT, [v6]:PORT or off")
+    return Address(match[1] or match[2] or "", int(match[3]))
+
+
+def parse_setter(text: str) -> Address | None:
+    """As parse_address, but without a host for this machine alone."""
+    address = parse_address(text)
+    return address._replace(host=address.host or "127.0.0.1") if address else None
+
+
+def positive_seconds(text: str) -> float:
+    """A number of seconds above 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!a} is not a number of seconds")
+    return seconds
+
+
+def parse_public_url(text: str) -> str:
+    """An http(s) address that ends in a slash."""
+    if not re.fullmatch(r"https?://[!-~]+", text) or "?" in text or "#" in text:
+        raise argparse.ArgumentTypeError(f"{text!a} is not an http(s) address")
+    return text.rstrip("/") + "/"
+
+
+EPILOG = """\
+ADDRESS is PORT, HOST:PORT, [v6]:PORT or off; port 0 takes a free one. Without a host it is every
+address of this machine, IPv4 and IPv6, but for the setter 127.0.0.1.
+
+examples:
+  fingerd.py /etc/users                      everything on the ports that clients expect, as root
+  fingerd.py --check /etc/users              what is wrong with the file
+  fingerd.py --finger 7979 --web off users   finger alone, as anybody
+
+SIGHUP reads the users file at once, SIGTERM and SIGINT stop the service.
+exit status: 0 stopped, or nothing wrong (--check); 1 cannot start, or something wrong;
+2 wrong options
+"""
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line as argparse sees it; exits with status 2 where it is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="fingerd.py",
+        description="Everybody's status line, by finger, web, XML-RPC and IRC, from one file.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("users", metavar="USERS", help="the users file: a line `user: status` for each")
+    add("--check", action="store_true", help="only say what is wrong with the file")
+    add("--version", action="version", version=f"fingerd {__version__}")
+    add("-v", "--verbose", action="store_true", help="log a line for each query")
+    add = parser.add_argument_group("where to listen").add_argument
+    for face, default in FACES.items():
+        kind = parse_setter if face == "setter" else parse_address
+        text = f"the {face} server (default: {default})"
+        add(f"--{face}", metavar="ADDRESS", type=kind, default=default, help=text)
+    add = parser.add_argument_group("what to answer").add_argument
+    add("--private", action="store_true", help="tell nobody who has a status")
+    add("--hostname", metavar="NAME", action="append", default=[],
+        help="a name of this machine, as in `finger user@NAME`; repeatable")  # fmt: skip
+    add("--public-url", metavar="URL", type=parse_public_url,
+        help="where the web server is reached from outside, for absolute links")  # fmt: skip
+    add = parser.add_argument_group("how to run").add_argument
+    add("--interval", metavar="S", type=positive_seconds, default=30.0,
+        help="seconds between looks at the users file (default: 30)")  # fmt: skip
+    add("--state", metavar="FILE",
+        help="where to keep the messages, or off (default: in the state directory)")  # fmt: skip
+    add("--run-as", metavar="USER[:GROUP]",
+        help="whom to become when started as root (default: 1:1)")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def configure_logging(verbose: bool) -> None:
+    """Log to stderr, and let no trouble with that become trouble of ours."""
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(FloodFilter())
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def check(source: FileSource) -> int:
+    """Print what is wrong with the users file; the exit status."""
+    users = source.read({}).users
+    for number, problem in users.problems:
+        print(f"{source}:{number}: {problem}")
+    if users.bad_lines > len(users.problems):
+        print(f"{source}: ... and {users.bad_lines - len(users.problems)} more bad lines")
+    return 1 if users.bad_lines else 0
+
+
+def bind(options: argparse.Namespace) -> dict[str, socket.socket]:
+    """The listener of each face that is not off."""
+    listeners = inherited_listeners(os.environ)
+    for face in FACES:
+        address = getattr(options, face)
+        if face not in listeners and address:
+            listeners[face] = listen(face, address)
+    for face, listener in listeners.items():
+        name = listener.getsockname()
+        log.info("%s listening on %s", face, Address(*name[:2]))
+        if face == "setter" and not ipaddress.ip_address(plain_address(name)).is_loopback:
+            log.warning("whoever can reach %s may set anybody's message", Address(*name[:2]))
+    return listeners
+
+
+def find_state(options: argparse.Namespace, identity: Identity | None) -> StateFile | None:
+    """The state file that was asked for, or the default one if it can be had."""
+    if options.state == "off":
+        return None
+    if options.state:
+        return StateFile(pathlib.Path(options.state))
+    return open_default_state(default_state(options.users, os.environ, bool(identity)), identity)
+
+
+def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.socket]) -> Policy:
+    """What the options say about answers."""
+    own = socket.gethostname()
+    names = ["localhost", own, own.partition(".")[0], *options.hostname]
+    return Policy(
+        private=options.private,
+        hostnames=frozenset(name.lower().rstrip(".") for name in names),
+        finger_host=options.hostname[0] if options.hostname else own,
+        finger_port=listeners["finger"].getsockname()[1] if "finger" in listeners else 0,
+        public_url=options.public_url or "",
+    )
+
+
+def build_services(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Server]]:
+    """Everything, with its sockets bound, privileges dropped and the users file read."""
+    identity = find_identity(options.run_as or "1:1") if os.geteuid() == 0 else None
+    if options.run_as and not identity:
+        raise StartError("--run-as: only root can become somebody else")
+    listeners = bind(options)
+    policy = make_policy(options, listeners)
+    store = StatusStore(find_state(options, identity))
+    import_what_is_lazy()
+    if identity:
+        drop_privileges(identity)
+    reloader = Reloader(FileSource(pathlib.Path(options.users)), store, options.interval)
+    try:
+        reloader.load()
+    except UsersError as problem:
+        hint = " (the service runs as somebody else: see --run-as)" if identity else ""
+        raise StartError(f"{problem}{hint}") from None
+    servers: list[Server] = []
+    if "finger" in listeners:
+        servers.append(FingerServer(listeners["finger"], store, policy))
+    if "setter" in listeners:
+        servers.append(SetterServer(listeners["setter"], store, reloader.refresh))
+    if "web" in listeners:
+        servers.append(WebServer(listeners["web"], store, policy))
+    return store, reloader, servers
+
+
+def wait_for_the_end(reloader: Reloader) -> None:
+    """Wait for a signal to stop, after which a second one stops us at once."""
+    while signal.sigwait(SIGNALS) == signal.SIGHUP:
+        threading.Thread(target=reloader.reload, name="SIGHUP", daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
+
+
+def serve(store: StatusStore, reloader: Reloader, servers: list[Server]) -> None:
+    """Run the services until a signal stops them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: the main one waits for them
+    for server in servers:
+        threading.Thread(target=server.serve_forever, name=server.face, daemon=True).start()
+    reloader.start()
+    notify("READY=1")
+    log.info("ready")
+    wait_for_the_end(reloader)
+    notify("STOPPING=1")
+    reloader.cancel()
+    deadline = time.monotonic() + STOP_SECONDS
+    stoppers = [threading.Thread(target=server.stop, args=(deadline,)) for server in servers]
+    for stopper in stoppers:
+        stopper.start()
+    for stopper in stoppers:
+        stopper.join()
+    store.close()
+
+
+def tune() -> None:
+    """As many descriptors as we may have; and no thread waits 5 ms for a busy one beside it."""
+    sys.setswitchinterval(1e-4)
+    with contextlib.suppress(ValueError, OSError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the service; the exit status."""
+    options = parse_args(arguments)
+    try:
+        if options.check:
+            return check(FileSource(pathlib.Path(options.users)))
+        configure_logging(options.verbose)
+        tune()
+        services = build_services(options)
+    except (StartError, UsersError, NotKept) as problem:
+        print(f"fingerd: {problem}", file=sys.stderr)
+        return 1
+    serve(*services)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
