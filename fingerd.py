@@ -78,7 +78,7 @@ MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 
 MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
-MAX_FILE_LINE = 8_192  # bytes of one line in it
+MAX_FILE_LINE = 8_192  # characters of one line in it
 MAX_USERS = 2_000_000  # users in it
 MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
 MAX_MESSAGES = 100_000  # users with a message of their own
@@ -89,7 +89,7 @@ SETTER_SECONDS, SETTER_CEILING = 60.0, 64
 WEB_SECONDS, WEB_CEILING = 15.0, 256  # for a request, the idle time in front of it included
 SEND_SECONDS, SLOWEST_READER = 10.0, 100_000  # to take an answer, and a second more per 100 kB
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 65_536  # for what a peer still sends after its answer
-RECEIVE_BYTES = 65_536  # taken from a socket at once
+RECEIVE_BYTES = BLOCK_BYTES = 65_536  # taken at once from a socket, from a file
 SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
@@ -126,7 +126,7 @@ def decode(raw: bytes) -> str:
 
 def clean(text: str) -> str:
     """`text` as one printable line without blanks at its ends; fit for a terminal, IRC and XML."""
-    if not (text.isascii() and text.isprintable()):
+    if not text.isprintable():
         text = _UNPRINTABLE.sub("", text.replace("\t", " "))
     return text.strip()
 
@@ -164,21 +164,37 @@ class UsersFile(NamedTuple):
     bad_lines: int
 
 
-def parse_users_line(raw: bytes) -> tuple[str, str, str]:
+def clean_lines(blocks: Iterable[bytes]) -> Iterator[list[str]]:
+    """The lines in a stream of UTF-8, those that end in one block together.
+
+    Nothing more is kept of an endless line than shows that it is longer than MAX_FILE_LINE.
+    """
+    rest, mark = b"", "\ufeff"  # a byte order mark may come first
+    for block in itertools.chain(blocks, [b"\n"]):
+        ended, newline, begun = block.rpartition(b"\n")
+        if not newline:
+            rest = (rest + block)[: 4 * MAX_FILE_LINE + 4]
+            continue
+        text = decode(rest + ended).lstrip(mark)
+        rest, mark = begun, ""
+        lines = text.split("\n")
+        yield lines if text.replace("\n", "").isprintable() else list(map(clean, lines))
+
+
+def parse_users_line(line: str) -> tuple[str, str, str]:
     """Name, status and the problem with the line: the two first or the last is "", or all three."""
-    if len(raw) > MAX_FILE_LINE:
-        return "", "", f"the line is longer than {MAX_FILE_LINE} bytes"
-    line = clean(raw.decode("utf-8", "replace"))
-    if not line or line[0] == "#":
-        return "", "", ""
+    if len(line) > MAX_FILE_LINE:
+        return "", "", f"the line is longer than {MAX_FILE_LINE} characters"
     name, colon, text = line.partition(":")
-    name, text = name.rstrip(), text.lstrip()
+    name, text = name.strip(), text.strip()
+    if name[:1] == "#" or not (name or colon):
+        return "", "", ""
     problem = name_problem(name) or status_problem(text) if colon else "no colon"
     return ("", "", problem) if problem else (name, text, "")
 
 
-def parse_users(lines: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
-    """What `lines` say; the last line for a user wins, a bad line costs itself alone.
+def parse_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
+    """What a users file says; the last line for a user wins, a bad line costs itself alone.
 
     A status that stands in `known` already is the same object again, so that reading a large file
     anew costs little memory. Reading stops where there are more than MAX_USERS users.
@@ -186,17 +202,18 @@ def parse_users(lines: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
     texts: dict[str, str] = {}
     problems: list[tuple[int, str]] = []
     bad_lines = 0
-    for number, raw in enumerate(lines, 1):
-        name, text, problem = parse_users_line(raw.lstrip(b"\xef\xbb\xbf") if number == 1 else raw)
-        if problem:
-            bad_lines += 1
-            if bad_lines <= MAX_PROBLEMS:
-                problems.append((number, problem))
-        elif name:
+    lines = itertools.chain.from_iterable(clean_lines(blocks))
+    for number, line in enumerate(lines, 1):
+        name, text, problem = parse_users_line(line)
+        if name:
             old = known.get(name, "")
             texts[name] = old if old == text else text
             if len(texts) > MAX_USERS:
                 break
+        elif problem:
+            bad_lines += 1
+            if bad_lines <= MAX_PROBLEMS:
+                problems.append((number, problem))
     return UsersFile(texts, problems, bad_lines)
 
 
@@ -758,8 +775,9 @@ class Snapshot(NamedTuple):
 
 def sorted_in_slices(names: list[str]) -> list[str]:
     """`names` in order; slice by slice, for one sort of a million would stop every thread."""
-    slices = (sorted(names[start : start + 20_000]) for start in range(0, len(names), 20_000))
-    return list(heapq.merge(*slices))
+    slices = [sorted(names[start : start + 20_000]) for start in range(0, len(names), 20_000)]
+    in_order = all(left[-1] < right[0] for left, right in zip(slices, slices[1:]))
+    return list(itertools.chain(*slices) if in_order else heapq.merge(*slices))
 
 
 class _Order:
@@ -1827,25 +1845,14 @@ def blocking_path(path: pathlib.Path) -> str:
     return f"{path}: cannot be read"
 
 
-def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of `file`, of an endless one no more than a few bytes more than MAX_FILE_LINE.
-
-    Raises UsersError behind MAX_FILE bytes.
-    """
+def bounded_blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """What `file` holds, block by block; raises UsersError behind MAX_FILE bytes."""
     size = 0
-    while True:
-        line = file.readline(MAX_FILE_LINE + 1)
-        size += len(line)
-        if not line:
-            return
-        if len(line) > MAX_FILE_LINE:
-            tail = line
-            while tail and not tail.endswith(b"\n") and size <= MAX_FILE:
-                tail = file.readline(MAX_FILE_LINE)
-                size += len(tail)
+    for block in iter(functools.partial(file.read, BLOCK_BYTES), b""):
+        size += len(block)
         if size > MAX_FILE:
             raise UsersError(f"larger than {MAX_FILE} bytes")
-        yield line
+        yield block
 
 
 class Reading(NamedTuple):
@@ -1893,7 +1900,7 @@ class FileSource:
                 before = os.fstat(file.fileno())
                 if before.st_size > MAX_FILE:
                     raise UsersError(f"{self._path}: larger than {MAX_FILE} bytes")
-                users = parse_users(bounded_lines(file), known)
+                users = parse_users(bounded_blocks(file), known)
                 after = self._signature(os.fstat(file.fileno()))
         except OSError:
             raise UsersError(blocking_path(self._path)) from None
