@@ -39,6 +39,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import pwd
@@ -57,7 +58,7 @@ import uuid
 import xml.parsers.expat
 import xmlrpc.client
 import xmlrpc.server
-from typing import IO, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 __version__ = "1.0"
 
@@ -93,6 +94,7 @@ RECEIVE_BYTES = BLOCK_BYTES = 65_536  # taken at once from a socket, from a file
 SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
+FETCH_SECONDS = 10.0  # for a users file on another server
 PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor for it
 FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in such a time
 BURST = 256  # connections accepted before the server looks at its own affairs again
@@ -1845,14 +1847,23 @@ def blocking_path(path: pathlib.Path) -> str:
     return f"{path}: cannot be read"
 
 
-def bounded_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """What `file` holds, block by block; raises UsersError behind MAX_FILE bytes."""
+def bounded_blocks(
+    read: Callable[[int], bytes], expected: int = 0, deadline: float = math.inf
+) -> Iterator[bytes]:
+    """What `read` gives until its end.
+
+    Raises UsersError where that is more than MAX_FILE or less than `expected` bytes, or too late.
+    """
     size = 0
-    for block in iter(functools.partial(file.read, BLOCK_BYTES), b""):
+    for block in iter(functools.partial(read, BLOCK_BYTES), b""):
         size += len(block)
         if size > MAX_FILE:
             raise UsersError(f"larger than {MAX_FILE} bytes")
+        if time.monotonic() > deadline:
+            raise UsersError("takes too long")
         yield block
+    if size < expected:
+        raise UsersError(f"broke off after {size} bytes")
 
 
 class Reading(NamedTuple):
@@ -1900,13 +1911,91 @@ class FileSource:
                 before = os.fstat(file.fileno())
                 if before.st_size > MAX_FILE:
                     raise UsersError(f"{self._path}: larger than {MAX_FILE} bytes")
-                users = parse_users(bounded_blocks(file), known)
+                users = parse_users(bounded_blocks(file.read), known)
                 after = self._signature(os.fstat(file.fileno()))
         except OSError:
             raise UsersError(blocking_path(self._path)) from None
         steady = self.settled() and after == self._signature(before)
         self._seen = after if steady else ()
         return Reading(users, max(0.0, min(before.st_mtime, time.time())), steady)
+
+
+class UrlSource:
+    """The users file of another fingerd, or of any web server; a copy of it outlives the process.
+
+    `copy` is where that is kept, None for nowhere.
+    """
+
+    def __init__(self, url: str, copy: pathlib.Path | None) -> None:
+        import urllib.request  # slow to import; before privileges are dropped
+
+        self._url, self._copy = url, copy
+        self._open = urllib.request.urlopen
+        self._request = urllib.request.Request(
+            url, headers={"User-Agent": f"fingerd/{__version__}"}
+        )
+        self._read_before = False
+
+    def __str__(self) -> str:
+        return self._url
+
+    def changed(self) -> bool:
+        """Only the other server knows."""
+        return True
+
+    def settled(self) -> bool:
+        """A web server is never at work on what it serves."""
+        return True
+
+    def read(self, known: Mapping[str, str]) -> Reading | None:
+        """What the file says now, None if it did not change; raises UsersError.
+
+        The first time, the copy does where the other server cannot be had.
+        """
+        try:
+            reading = self._fetch(known)
+        except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
+            words = f"{self._url}: {clean(str(problem))[:MAX_STATUS]}"
+            if self._read_before or not self._copy or not self._copy.exists():
+                raise UsersError(words) from None
+            log.warning("%s; beginning with the copy in %s", words, self._copy)
+            reading = FileSource(self._copy).read(known)
+        self._read_before = True
+        return reading
+
+    def _fetch(self, known: Mapping[str, str]) -> Reading | None:
+        deadline = time.monotonic() + FETCH_SECONDS
+        try:
+            with self._open(self._request, timeout=FETCH_SECONDS) as response:
+                headers = response.headers
+                expected = int(headers.get("Content-Length", 0))
+                users = parse_users(bounded_blocks(response.read1, expected, deadline), known)
+        except OSError as problem:
+            if getattr(problem, "code", 0) == http.HTTPStatus.NOT_MODIFIED:
+                return None
+            raise
+        for asked, told in (("If-None-Match", "ETag"), ("If-Modified-Since", "Last-Modified")):
+            self._request.remove_header(asked.capitalize())
+            if told in headers:
+                self._request.add_header(asked, headers[told])
+        date = email.utils.parsedate_to_datetime(headers.get("Last-Modified") or headers["Date"])
+        self._keep(users.texts, date.timestamp())
+        return Reading(users, date.timestamp(), steady=True)
+
+    def _keep(self, texts: Mapping[str, str], modified: float) -> None:
+        """Replace the copy by `texts`; where that fails, there is none or an older one."""
+        if not self._copy:
+            return
+        new = self._copy.with_name(self._copy.name + ".new")
+        try:
+            with open(new, "w", encoding="utf-8") as file:
+                file.writelines(itertools.starmap(format_users_line, texts.items()))
+                file.flush()
+                os.fsync(file.fileno())
+            os.utime(new, (modified, modified))
+            os.replace(new, self._copy)
+        except OSError as problem:
+            log.warning("cannot keep a copy of the users file: %s", problem)
 
 
 class Reloader(threading.Timer):
@@ -1916,7 +2005,7 @@ class Reloader(threading.Timer):
     stays in force, and that is logged once.
     """
 
-    def __init__(self, source: FileSource, store: StatusStore, interval: float) -> None:
+    def __init__(self, source: FileSource | UrlSource, store: StatusStore, interval: float) -> None:
         super().__init__(interval, self.look)
         self.daemon, self.name = True, "reloader"
         self._source, self._store = source, store
@@ -1967,14 +2056,16 @@ class Reloader(threading.Timer):
             with self._reading, long_work:
                 if self._source.changed():
                     reading = self._source.read(self._store.snapshot().file)
-                    if not reading.steady:
+                    if reading and not reading.steady:
                         return False
                     self._take(reading)
         self._complain(None)
         return True
 
-    def _take(self, reading: Reading) -> None:
+    def _take(self, reading: Reading | None) -> None:
         """Let the store have what was read, and log what was wrong with it, once per content."""
+        if not reading:
+            return
         users = reading.users
         if len(users.texts) > MAX_USERS:
             raise UsersError(f"{self._source}: more than {MAX_USERS} users")
@@ -2114,9 +2205,15 @@ def import_what_is_lazy() -> None:
         importlib.import_module(name)
 
 
+def is_url(users: str) -> bool:
+    """Whether the users file is on another server."""
+    return users.lower().startswith(("http://", "https://"))
+
+
 def default_state(users: str, environ: Mapping[str, str], root: bool) -> pathlib.Path:
     """Where the state of the users file lies unless --state says otherwise."""
-    name = str(pathlib.Path(users).absolute()).lstrip("/").replace("/", "-") + ".db"
+    where = users if is_url(users) else str(pathlib.Path(users).absolute())
+    name = where.strip("/").replace("/", "-") + ".db"
     if environ.get("STATE_DIRECTORY"):
         return pathlib.Path(environ["STATE_DIRECTORY"].split(":")[0], name)
     if root:
@@ -2237,9 +2334,17 @@ def configure_logging(verbose: bool) -> None:
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-def check(source: FileSource) -> int:
+def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> FileSource | UrlSource:
+    """Where the users file is read; a copy from another server lies beside the `state`."""
+    if is_url(options.users):
+        return UrlSource(options.users, state and state.with_suffix(".users"))
+    return FileSource(pathlib.Path(options.users))
+
+
+def check(source: FileSource | UrlSource) -> int:
     """Print what is wrong with the users file; the exit status."""
-    users = source.read({}).users
+    reading = source.read({})
+    users = reading.users if reading else UsersFile({}, [], 0)
     for number, problem in users.problems:
         print(f"{source}:{number}: {problem}")
     if users.bad_lines > len(users.problems):
@@ -2262,13 +2367,11 @@ def bind(options: argparse.Namespace) -> dict[str, socket.socket]:
     return listeners
 
 
-def find_state(options: argparse.Namespace, identity: Identity | None) -> StateFile | None:
-    """The state file that was asked for, or the default one if it can be had."""
-    if options.state == "off":
-        return None
+def state_path(options: argparse.Namespace, root: bool) -> pathlib.Path | None:
+    """Where the state file lies, None for nowhere."""
     if options.state:
-        return StateFile(pathlib.Path(options.state))
-    return open_default_state(default_state(options.users, os.environ, bool(identity)), identity)
+        return None if options.state == "off" else pathlib.Path(options.state)
+    return default_state(options.users, os.environ, root)
 
 
 def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.socket]) -> Policy:
@@ -2291,11 +2394,16 @@ def build_services(options: argparse.Namespace) -> tuple[StatusStore, Reloader, 
         raise StartError("--run-as: only root can become somebody else")
     listeners = bind(options)
     policy = make_policy(options, listeners)
-    store = StatusStore(find_state(options, identity))
+    path = state_path(options, bool(identity))
+    state = StateFile(path) if options.state and path else None
+    if path and not options.state:
+        state = open_default_state(path, identity)
+    source = find_source(options, path)
     import_what_is_lazy()
     if identity:
         drop_privileges(identity)
-    reloader = Reloader(FileSource(pathlib.Path(options.users)), store, options.interval)
+    store = StatusStore(state)
+    reloader = Reloader(source, store, options.interval)
     try:
         reloader.load()
     except UsersError as problem:
@@ -2352,7 +2460,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_args(arguments)
     try:
         if options.check:
-            return check(FileSource(pathlib.Path(options.users)))
+            return check(find_source(options, None))
         configure_logging(options.verbose)
         raise_descriptor_limit()
         services = build_services(options)
