@@ -35,7 +35,6 @@ import html
 import http
 import http.server
 import importlib
-import ipaddress
 import itertools
 import json
 import logging
@@ -54,7 +53,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import uuid
 import xml.parsers.expat
 import xmlrpc.client
 import xmlrpc.server
@@ -1046,6 +1044,12 @@ def error_page(status: int, allow: str = "") -> Page:
     return make_page(status, "html", [html_error(str(status), phrase)])._replace(allow=allow)
 
 
+def feed_id(user: str, text: str) -> str:
+    """What tells a status from all others, now and after a restart."""
+    digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+    return f"{urllib.parse.quote(user, safe='')}#{digest}"
+
+
 class WebAnswers:
     """The pages of the store's users; each is made once for a version of the store."""
 
@@ -1168,16 +1172,17 @@ class WebAnswers:
         root = self._policy.public_url or f"finger://{self._policy.finger_host}/"
         base = self._policy.public_url or f"http://{host}/"
 
-        def feed_id(*path: str) -> str:
-            return uuid.uuid5(uuid.NAMESPACE_URL, root + "\n".join(path)).urn
-
         def url(name: str) -> str:
             return base + urllib.parse.quote(name, safe="")
 
-        entries = [FeedEntry(feed_id(name, text), name, text, since, url(name))
-                   for name, (text, since) in statuses]  # fmt: skip
+        entries = [
+            FeedEntry(root + feed_id(name, text), name, text, since, url(name))
+            for name, (text, since) in statuses
+        ]
         updated = max((status.since for _, status in statuses), default=now.changed)
-        feed = atom_feed(feed_id(user), user or "fingerd", url(user), updated, entries)
+        feed = atom_feed(
+            root + urllib.parse.quote(user, safe=""), user or "fingerd", url(user), updated, entries
+        )
         page = make_page(200, "atom", [feed], updated)
         return page if self._policy.public_url else page._replace(cache="private, no-cache")
 
@@ -2362,7 +2367,7 @@ def bind(options: argparse.Namespace) -> dict[str, socket.socket]:
     for face, listener in listeners.items():
         name = listener.getsockname()
         log.info("%s listening on %s", face, Address(*name[:2]))
-        if face == "setter" and not ipaddress.ip_address(plain_address(name)).is_loopback:
+        if face == "setter" and not re.match(r"127\.|::1$", plain_address(name)):
             log.warning("whoever can reach %s may set anybody's message", Address(*name[:2]))
     return listeners
 
