@@ -42,8 +42,10 @@ import math
 import os
 import pathlib
 import pwd
+import random
 import re
 import resource
+import selectors
 import shlex
 import signal
 import socket
@@ -56,7 +58,20 @@ import urllib.parse
 import xml.parsers.expat
 import xmlrpc.client
 import xmlrpc.server
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    TypeVar,
+)
+
+if TYPE_CHECKING:
+    import ssl
 
 __version__ = "1.0"
 
@@ -99,6 +114,28 @@ BURST = 256  # connections accepted before the server looks at its own affairs a
 BACKLOG = 4_096  # connections that the kernel queues for us
 STOP_SECONDS = 2.0  # for the answers in flight when the service stops
 QUEUE_SECONDS = 1.0  # for the connections that are still queued then
+
+IRC_LINE_BYTES = 512  # a line with its CR LF, as others receive it (RFC 2812, section 2.3)
+IRC_TAGS_BYTES = 8191  # what message tags may add in front of it (IRCv3)
+IRC_HOST_BYTES = 63  # taken for the length of our own host until the server shows it
+IRC_NICK_BYTES = 9  # every server allows these (RFC 2812, section 1.2.1)
+IRC_CHANNELS_BYTES = 400  # the channels with commas between, so that one JOIN holds them
+IRC_SASL_BYTES = 400  # of base64 in one AUTHENTICATE
+IRC_BURST_LINES = 5  # sent at once ...
+IRC_LINE_SECONDS = 2.0  # ... then one each time these have passed
+IRC_QUEUE_LINES = 20  # waiting to be sent; the oldest gives way
+IRC_STALE_SECONDS = 30.0  # an answer that has waited longer is no longer wanted
+IRC_QUERIES_PER_MINUTE = 12  # of one user@host, before it is ignored ...
+IRC_IGNORE_SECONDS = 300.0  # ... for so long
+IRC_ASKERS = 1000  # user@hosts remembered
+IRC_ANNOUNCED = 3  # changes told one by one; the rest of a burst is only counted
+IRC_POLL_SECONDS = 1.0  # between looks at the store for something to announce
+IRC_RETRY_SECONDS = 2.0  # before the first reconnection; doubled each time ...
+IRC_LONGEST_RETRY_SECONDS = 600.0  # ... up to this
+IRC_MANY_FAILURES = 20  # enough of them for the longest wait
+IRC_RECEIVE_BYTES = 65_536  # more than a TLS record holds, so that none is left half read
+IRC_BLOCK_SECONDS = 0.5  # the longest that one call on the socket may take
+IRC_STOP_SECONDS = 2.0
 
 NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
@@ -480,6 +517,7 @@ h1, p, dt, dd { unicode-bidi: plaintext; overflow-wrap: anywhere }
 h1 + p { font-size: 1.4rem }
 dt { font-weight: bold; margin-top: 1rem }
 dd { margin: 0 }
+time { white-space: nowrap }
 time, footer { opacity: .7; font-size: .9rem }
 """
 _STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
@@ -604,6 +642,115 @@ def format_rpc_response(answer: Any) -> bytes:
     value = answer if isinstance(answer, xmlrpc.client.Fault) else (answer,)
     text = xmlrpc.client.dumps(value, methodresponse=True, allow_none=True)
     return text.encode("utf-8", "xmlcharrefreplace")
+
+
+# ---- IRC (RFC 2812, modern.ircdocs.horse, IRCv3) ---------------------------------------------
+
+IRC_FOLDS = {  # CASEMAPPING: the characters beside letters that have a lower case
+    "ascii": str.maketrans("", ""),
+    "rfc1459-strict": str.maketrans("[]\\", "{}|"),
+    "rfc1459": str.maketrans("[]\\~", "{}|^"),
+}
+# Colour codes are followed by digits, which would stay behind if only control characters went.
+IRC_COLOURS = re.compile("\x03([0-9]{1,2}(,[0-9]{1,2})?)?|\x04([0-9A-Fa-f]{6})?")
+IRC_LINE_ENDS = str.maketrans("", "", "\r\n\0")
+IRC_LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
+IRC_NICK = re.compile(r"[A-Za-z\[\]\\`_^{|}][A-Za-z0-9\[\]\\`_^{|}-]{0,29}")
+IRC_CHANNEL = re.compile(r"[#&+!][^\x00-\x20,\x7f]{1,49}")
+IRC_NO_TLS = "no TLS ({}); a server that does not speak it needs --irc-plaintext"
+IRC_REALNAME = "A bot, the finger service: send it a user's name"
+
+
+class IrcLine(NamedTuple):
+    """One message; the values of its tags are as they were sent, with their escapes."""
+
+    tags: dict[str, str]
+    source: str  # nick!user@host, or the name of a server
+    command: str
+    params: list[str]
+
+    @property
+    def nick(self) -> str:
+        return self.source.partition("!")[0]
+
+    def param(self, index: int) -> str:
+        """One parameter, or "" where the sender left it out."""
+        return self.params[index] if index < len(self.params) else ""
+
+
+def parse_irc_line(raw: bytes) -> IrcLine:
+    """What stood before an LF, whatever it is (RFC 2812, section 2.3.1; IRCv3 message tags)."""
+    try:
+        text = raw.rstrip(b"\r").decode("utf-8")
+    except UnicodeDecodeError:
+        text = raw.rstrip(b"\r").decode("latin-1")
+    tags = source = ""
+    if text.startswith("@"):
+        tags, _, text = text[1:].partition(" ")
+        text = text.lstrip(" ")
+    if text.startswith(":"):
+        source, _, text = text[1:].partition(" ")
+    head, colon, trailing = f" {text}".partition(" :")
+    command, *params = [word for word in head.split(" ") if word] or [""]
+    if colon:
+        params.append(trailing)
+    pairs = (tag.partition("=") for tag in tags.split(";") if tag)
+    return IrcLine({key: value for key, _, value in pairs}, source, command.upper(), params)
+
+
+def format_irc_line(command: str, *params: str) -> bytes:
+    """The message as it is sent: CR, LF and NUL cannot get in; the last may hold blanks."""
+    *middle, last = params
+    if not last or last.startswith(":") or " " in last:
+        last = f":{last}"
+    line = " ".join([command, *middle, last]).translate(IRC_LINE_ENDS)
+    return line.encode("utf-8", "replace") + b"\r\n"
+
+
+def fold_irc(name: str, casemapping: str) -> str:
+    """A nick or channel in lower case; as in RFC 1459 where the mapping is unknown."""
+    return name.lower().translate(IRC_FOLDS.get(casemapping, IRC_FOLDS["rfc1459"]))
+
+
+def cut_bytes(text: str, size: int) -> str:
+    """As many whole characters as `size` bytes of UTF-8 hold."""
+    return text.encode("utf-8", "replace")[: max(size, 0)].decode("utf-8", "ignore")
+
+
+def ctcp_reply(text: str) -> str:
+    """The answer to a CTCP VERSION, PING or FINGER; "" to any other."""
+    command, _, argument = text.strip("\x01").partition(" ")
+    replies = {
+        "VERSION": f"fingerd {__version__}",
+        "PING": clean(argument)[:MAX_NAME],
+        "FINGER": IRC_REALNAME,
+    }
+    return f"\x01{command} {replies[command]}\x01" if command in replies else ""
+
+
+def spare_nick(wanted: str, taken: int, tail: str) -> str:
+    """What to try after so many nicks were taken, no longer than any server allows, or ""."""
+    ending = ["_", "__", tail, ""][min(taken, 4) - 1]
+    return wanted[: IRC_NICK_BYTES - len(ending)] + ending if ending else ""
+
+
+def sasl_plain(account: str, password: str) -> list[str]:
+    """The parameters of the AUTHENTICATE lines that log in (RFC 4616; IRCv3 SASL 3.1)."""
+    secret = base64.b64encode(f"\0{account}\0{password}".encode()).decode("ascii")
+    chunks: list[str] = re.findall(f".{{1,{IRC_SASL_BYTES}}}", secret)
+    if len(chunks[-1]) == IRC_SASL_BYTES:  # which says that more follows
+        chunks.append("+")
+    return chunks
+
+
+def reconnect_delay(
+    attempt: int,
+    jitter: float,
+    first: float = IRC_RETRY_SECONDS,
+    longest: float = IRC_LONGEST_RETRY_SECONDS,
+) -> float:
+    """Seconds to wait after so many earlier failures; `jitter` is chance, from 0 to 1."""
+    return min(longest, first * 2.0 ** min(attempt, IRC_MANY_FAILURES) * (1 + jitter / 2))
 
 
 # ================================================================================================
@@ -1316,6 +1463,366 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
             return [self._dispatch(str(call.get("methodName")), call["params"])]
         except xmlrpc.client.Fault as fault:
             return {"faultCode": fault.faultCode, "faultString": fault.faultString}
+
+
+# ---- IRC -------------------------------------------------------------------------------------
+
+
+class IrcOptions(NamedTuple):
+    """What the administrator says about the bot."""
+
+    host: str
+    port: int
+    tls: bool = True
+    nick: str = "fingerbot"
+    channels: tuple[str, ...] = ()
+    account: str = ""
+    password: str = ""  # the account's, or without one the server's
+    fingerprint: str = ""  # SHA-256 of the one certificate to trust, in hexadecimal
+
+
+class IrcDeadlines(NamedTuple):
+    """How long the bot waits for what, in seconds."""
+
+    connect: float = 15.0  # look-up of the name included
+    tls: float = 15.0
+    register: float = 60.0  # SASL included
+    silence: float = 90.0  # before our own PING
+    answer: float = 60.0  # to that PING
+    settled: float = 60.0  # registered, before the count of failures starts again
+    retry: float = IRC_RETRY_SECONDS
+    longest_retry: float = IRC_LONGEST_RETRY_SECONDS
+
+
+class IrcFailure(Exception):
+    """The connection cannot go on, and this sentence says why."""
+
+
+class IrcOutbox:
+    """Lines on their way out, at the pace of RFC 1459, section 8.10."""
+
+    def __init__(self) -> None:
+        self.protocol: collections.deque[bytes] = collections.deque(
+            maxlen=IRC_QUEUE_LINES
+        )  # goes before answers
+        self.answers: collections.deque[tuple[float, bytes]] = collections.deque(
+            maxlen=IRC_QUEUE_LINES
+        )
+        self.timer = float("-inf")  # each line sent moves it on; it may run ahead of the clock
+
+    def due(self) -> float:
+        """When the next line may go; never, where there is none."""
+        if not self.protocol and not self.answers:
+            return float("inf")
+        return self.timer - (IRC_BURST_LINES - 1) * IRC_LINE_SECONDS
+
+    def take(self, now: float) -> bytes:
+        """The lines that may go now; answers that nobody waits for any more are dropped."""
+        while self.answers and now - self.answers[0][0] > IRC_STALE_SECONDS:
+            self.answers.popleft()
+        taken = b""
+        while self.due() <= now:
+            taken += self.protocol.popleft() if self.protocol else self.answers.popleft()[1]
+            self.timer = max(self.timer, now) + IRC_LINE_SECONDS
+        return taken
+
+
+class IrcSession:
+    """The bot's brain for one connection: lines and the time in, lines out.
+
+    `begin`, then `receive` lines and `tick` by each `deadline()`; what `outbox.take` gives is to be
+    sent, what `report` is given to be logged. IrcFailure ends it.
+    """
+
+    def __init__(
+        self,
+        options: IrcOptions,
+        store: StatusStore,
+        deadlines: IrcDeadlines,
+        nick_tail: str,
+        report: Callable[[str], None],
+    ) -> None:
+        self.options = options
+        self.store = store
+        self.deadlines = deadlines
+        self.nick_tail = nick_tail
+        self.report = report
+        self.outbox = IrcOutbox()
+        self.askers: dict[str, tuple[int, float]] = {}  # queries of each user@host, until when
+        self.now = self.started = self.heard = 0.0
+        self.registered: float | None = None  # since when
+        self.pinged: float | None = None  # when, if no line came since
+        self.refused = False  # so that trying again soon could get us banned
+        self.logged_in = False
+        self.useful_caps = {"message-tags", "sasl"} if options.account else {"message-tags"}
+        self.offered_caps: set[str] = set()
+        self.nick = self.wanted_nick = options.nick
+        self.nicks_taken = 0
+        self.nick_due = float("inf")  # when to ask for the wanted one again
+        self.mask = f"~fingerd@{'x' * IRC_HOST_BYTES}"  # our user@host, or as long as it may get
+        self.casemapping = "rfc1459"
+        self.joined: set[str] = set()  # folded
+        self.version = 0  # of the store, as far as it was announced
+
+    def begin(self, now: float) -> None:
+        """The connection stands."""
+        self.now = self.started = now
+        if self.options.password and not self.options.account:
+            self.send("PASS", self.options.password)
+        self.send("CAP", "LS", "302")
+        self.send("NICK", self.nick)
+        self.send("USER", "fingerd", "0", "*", IRC_REALNAME)
+
+    def receive(self, raw: bytes, now: float) -> None:
+        """Acts on a line, which may be anything at all."""
+        self.now = self.heard = now
+        self.pinged = None
+        line = parse_irc_line(raw)
+        if "!" in line.source and self.is_me(line.nick):
+            self.mask = line.source.partition("!")[2]
+        handler = getattr(self, f"on_{line.command}", None)
+        if handler:
+            handler(line)
+
+    def tick(self, now: float) -> None:
+        """Does what it is time for."""
+        self.now = now
+        if now >= self.patience_ends():
+            self.lose_patience()
+        if now >= self.nick_due:
+            self.nick_due = now + self.deadlines.silence
+            if not self.is_me(self.wanted_nick):
+                self.send("NICK", self.wanted_nick)
+        # While answers wait, changes do too, and become one burst instead of a longer queue.
+        if self.joined and not self.outbox.answers:
+            self.announce()
+
+    def deadline(self) -> float:
+        """When to tick at the latest."""
+        poll = self.now + IRC_POLL_SECONDS if self.joined else float("inf")
+        return min(poll, self.patience_ends(), self.nick_due, self.outbox.due())
+
+    def settled(self, now: float) -> bool:
+        """Whether the connection has lasted long enough to count as a success."""
+        return self.registered is not None and now >= self.registered + self.deadlines.settled
+
+    def patience_ends(self) -> float:
+        """Until when to wait: to be registered, for any line, for an answer to our PING."""
+        if self.registered is None:
+            return self.started + self.deadlines.register
+        if self.pinged is None:
+            return self.heard + self.deadlines.silence
+        return self.pinged + self.deadlines.answer
+
+    def lose_patience(self) -> None:
+        if self.registered is None:
+            raise IrcFailure("the server did not register us in time")
+        if self.pinged is not None:
+            raise IrcFailure("the server has gone silent")
+        self.pinged = self.now
+        self.send("PING", "fingerd")
+
+    def send(self, command: str, *params: str) -> None:
+        self.outbox.protocol.append(format_irc_line(command, *params))
+
+    def say(self, command: str, target: str, text: str) -> None:
+        """Queues a text that is no other bot's command, cut to fit the line others receive."""
+        rest = f":{self.nick}!{self.mask} {command} {target} :\r\n"
+        text = cut_bytes(text.lstrip("! "), IRC_LINE_BYTES - len(rest.encode()))
+        self.outbox.answers.append((self.now, format_irc_line(command, target, text)))
+
+    def fold(self, name: str) -> str:
+        return fold_irc(name, self.casemapping)
+
+    def is_me(self, nick: str) -> bool:
+        return self.fold(nick) == self.fold(self.nick)
+
+    def is_ours(self, channel: str) -> bool:
+        return self.fold(channel) in map(self.fold, self.options.channels)
+
+    def quote(self, line: IrcLine) -> str:
+        """The server's words for the log, without our password even if the server repeats it."""
+        text = clean(" ".join(line.params))
+        return text.replace(self.options.password, "***") if self.options.password else text
+
+    def on_PING(self, line: IrcLine) -> None:
+        self.outbox.protocol.appendleft(format_irc_line("PONG", line.param(0)))
+
+    def on_ERROR(self, line: IrcLine) -> None:
+        raise IrcFailure(f"the server says: {self.quote(line)}")
+
+    def on_CAP(self, line: IrcLine) -> None:
+        """DEL needs no reply: by then, all that we lose is the tag by which bots are known."""
+        verb, caps = line.param(1), " ".join(line.params[2:]).split()
+        if verb == "LS":
+            self.choose_caps(caps)
+        elif verb == "NEW" and self.registered is not None and "message-tags" in caps:
+            self.send("CAP", "REQ", "message-tags")
+        elif verb == "NAK" and "sasl" in caps:
+            raise IrcFailure("the server does not let us log in (SASL)")
+        elif verb == "ACK" and "sasl" in caps:
+            self.send("AUTHENTICATE", "PLAIN")
+        elif verb in ("ACK", "NAK") and self.registered is None:
+            self.send("CAP", "END")
+
+    def choose_caps(self, caps: list[str]) -> None:
+        """Requests what we use, once all is listed: on every line but the last, a * comes first."""
+        for cap in caps:
+            name, _, mechanisms = cap.partition("=")
+            if name in self.useful_caps and (not mechanisms or "PLAIN" in mechanisms):
+                self.offered_caps.add(name)
+        if caps[:1] == ["*"]:
+            return
+        if "sasl" in self.useful_caps - self.offered_caps:
+            raise IrcFailure("the server offers no log-in by password (SASL PLAIN)")
+        if self.offered_caps:
+            self.send("CAP", "REQ", " ".join(sorted(self.offered_caps)))
+        else:
+            self.send("CAP", "END")
+
+    def on_AUTHENTICATE(self, line: IrcLine) -> None:
+        if self.options.account and line.param(0) == "+":
+            for chunk in sasl_plain(self.options.account, self.options.password):
+                self.send("AUTHENTICATE", chunk)
+
+    def on_903(self, line: IrcLine) -> None:
+        self.logged_in = True
+        self.send("CAP", "END")
+
+    def on_904(self, line: IrcLine) -> None:
+        """Also a wrong password for the server (464), and a ban (465)."""
+        self.refused = True
+        raise IrcFailure(f"the server refuses us ({line.command}): {self.quote(line)}")
+
+    on_464 = on_465 = on_902 = on_905 = on_906 = on_908 = on_904
+
+    def on_433(self, line: IrcLine) -> None:
+        if self.registered is None:
+            self.nicks_taken += 1
+            self.try_nick(spare_nick(self.wanted_nick, self.nicks_taken, self.nick_tail))
+
+    on_436 = on_437 = on_433
+
+    def on_432(self, line: IrcLine) -> None:
+        """The nick is wrong, perhaps for being too long."""
+        if self.registered is None:
+            self.wanted_nick = self.wanted_nick[:-1][:IRC_NICK_BYTES]
+            self.try_nick(self.wanted_nick)
+
+    def try_nick(self, nick: str) -> None:
+        if not nick:
+            raise IrcFailure("the server accepts none of our nicks")
+        self.nick = nick
+        self.send("NICK", nick)
+
+    def on_001(self, line: IrcLine) -> None:
+        if self.options.account and not self.logged_in:
+            raise IrcFailure("the server does not know how to let us log in (SASL)")
+        self.nick = line.param(0)
+        if self.wanted_nick.startswith(self.nick):
+            self.wanted_nick = self.nick  # cut by the server, which would cut it again
+        self.registered = self.now
+        self.nick_due = self.now + self.deadlines.silence
+        self.version = self.store.version
+        self.report(f"IRC: registered as {clean(self.nick)}")
+        if self.options.channels:
+            self.send("JOIN", ",".join(self.options.channels))
+
+    def on_005(self, line: IrcLine) -> None:
+        for token in line.params[1:]:
+            key, _, value = token.partition("=")
+            if key == "CASEMAPPING":
+                self.casemapping = value
+            elif key == "NICKLEN" and re.fullmatch("[1-9][0-9]{0,2}", value):
+                self.wanted_nick = self.wanted_nick[: int(value)]
+            elif key == "BOT" and re.fullmatch("[A-Za-z]", value):
+                self.send("MODE", self.nick, f"+{value}")
+
+    def on_396(self, line: IrcLine) -> None:
+        """Our host as others see it from now on, perhaps with the user in front."""
+        host = line.param(1).rpartition("@")[2]
+        self.mask = f"{self.mask.partition('@')[0]}@{host}"
+
+    def on_NICK(self, line: IrcLine) -> None:
+        if self.is_me(line.nick):
+            self.nick = line.param(0)
+
+    def on_JOIN(self, line: IrcLine) -> None:
+        if self.is_me(line.nick) and self.is_ours(line.param(0)):
+            self.joined.add(self.fold(line.param(0)))
+            self.report(f"IRC: joined {clean(line.param(0))}")
+
+    def on_471(self, line: IrcLine) -> None:
+        if self.is_ours(line.param(1)):
+            self.report(f"IRC: cannot join: {self.quote(line)}")
+
+    on_403 = on_405 = on_473 = on_474 = on_475 = on_476 = on_477 = on_489 = on_471
+
+    def on_KICK(self, line: IrcLine) -> None:
+        if self.is_me(line.param(1)):
+            self.joined.discard(self.fold(line.param(0)))
+            self.report(f"IRC: kicked: {self.quote(line)}")
+
+    def on_PRIVMSG(self, line: IrcLine) -> None:
+        if not self.is_heeded(line):
+            return
+        target, text = line.param(0), line.param(1)
+        private = self.is_me(target)
+        if text.startswith("\x01"):
+            command, reply = "NOTICE", ctcp_reply(text) if private else ""
+        else:
+            command, reply = "PRIVMSG", self.finger_reply(text, private)
+        if reply and self.is_patient_with(line.source.partition("!")[2]):
+            self.say(command, line.nick if private else target, reply)
+
+    def is_heeded(self, line: IrcLine) -> bool:
+        """Whether what seems to be a person speaks to us, or in a channel we have joined."""
+        return (
+            self.registered is not None
+            and "!" in line.source
+            and not self.is_me(line.nick)
+            and not any(tag.rpartition("/")[2] == "bot" for tag in line.tags)
+            and (self.is_me(line.param(0)) or self.fold(line.param(0)) in self.joined)
+        )
+
+    def is_patient_with(self, asker: str) -> bool:
+        """Counts a query. Too many in the minute after a first one, and the asker is ignored."""
+        count, until = self.askers.pop(asker, (0, 0.0))
+        if self.now >= until:
+            count, until = 0, self.now + 60
+        if count == IRC_QUERIES_PER_MINUTE:
+            until = self.now + IRC_IGNORE_SECONDS
+        self.askers[asker] = count + 1, until
+        if len(self.askers) > IRC_ASKERS:  # who has not asked for longest is forgotten
+            del self.askers[next(iter(self.askers))]
+        return count < IRC_QUERIES_PER_MINUTE
+
+    def finger_reply(self, text: str, private: bool) -> str:
+        """Answers `NAME` in private, and anywhere `!finger NAME` or `fingerbot: NAME`."""
+        name = clean(IRC_COLOURS.sub("", text))
+        head, _, rest = name.partition(" ")
+        if head == "!finger" or (head.endswith((":", ",")) and self.is_me(head[:-1])):
+            name = rest.strip()
+        elif not private:
+            return ""
+        if not name:
+            return ""
+        status = self.store.get(name)
+        return f"{name[:MAX_NAME]}: {status.text if status else NO_SUCH_USER}"
+
+    def announce(self) -> None:
+        """Tells the channels, in a few lines, what has changed since the last time."""
+        changes = self.store.changes_after(self.version)
+        if not changes:
+            return
+        self.version = changes[-1].version
+        latest = {change.user: change.text for change in changes}
+        lines = [f"{user}: {text}" for user, text in latest.items() if text]
+        if len(lines) > IRC_ANNOUNCED:
+            lines[IRC_ANNOUNCED:] = [f"... and {len(lines) - IRC_ANNOUNCED} more"]
+        for line in lines:
+            for channel in sorted(self.joined):
+                self.say("PRIVMSG", channel, line)
 
 
 # ================================================================================================
@@ -2095,6 +2602,213 @@ class Reloader(threading.Timer):
         self._complaint = complaint
 
 
+# ---- IRC -------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """The bot has been told to stop; as with CancelledError, no handler of errors holds it up."""
+
+
+class AddressLookup(threading.Thread):
+    """A name look-up, which nothing can interrupt; `done` turns readable at its end."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(name="irc-lookup", daemon=True)
+        self.where = host, port
+        self.addresses: list[Any] = []
+        self.problem = ""
+        self.done, self.ending = socket.socketpair()
+        self.start()
+
+    def run(self) -> None:
+        with self.ending:
+            try:
+                self.addresses = socket.getaddrinfo(*self.where, type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                self.problem = str(error)
+
+
+def irc_tls(fingerprint: str) -> ssl.SSLContext:
+    """Trusts the system's authorities; or anyone, where a fingerprint is checked afterwards."""
+    import ssl  # here, because it costs start time and most servers run without the bot
+
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if fingerprint:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class IrcBot:
+    """Keeps the finger service on IRC: one thread owns the socket, deadlines and retries."""
+
+    def __init__(
+        self, options: IrcOptions, store: StatusStore, deadlines: IrcDeadlines | None = None
+    ) -> None:
+        self.options = options
+        self.store = store
+        self.deadlines = deadlines or IrcDeadlines()
+        self.tls = irc_tls(options.fingerprint) if options.tls else None
+        self.lookup: AddressLookup | None = None
+        self.alarm, self.waker = socket.socketpair()
+        self.thread = threading.Thread(target=self.run, name="irc", daemon=True)
+
+    def start(self) -> None:
+        if not self.tls and not IRC_LOOPBACK.fullmatch(self.options.host):
+            log.warning("IRC: all that we say to %s can be read on the way", self.options.host)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Says QUIT where there is someone to hear it; takes 2 s at most."""
+        self.waker.close()
+        self.thread.join(IRC_STOP_SECONDS)
+        if self.lookup:
+            self.lookup.done.close()
+
+    def run(self) -> None:
+        """Connects again and again; failures count until a connection has lasted."""
+        failures = 0
+        with self.alarm, contextlib.suppress(Stopped):
+            while True:
+                tail = f"{random.randrange(10_000):04}"
+                session = IrcSession(self.options, self.store, self.deadlines, tail, log.info)
+                problem = self.attempt(session)
+                if session.settled(time.monotonic()):
+                    failures = 0
+                if session.refused:
+                    failures = IRC_MANY_FAILURES
+                first, longest = self.deadlines.retry, self.deadlines.longest_retry
+                delay = reconnect_delay(failures, random.random(), first, longest)
+                log.warning("IRC: %s; next attempt in %.0f s", problem, delay)
+                self.wait(None, 0, time.monotonic() + delay)
+                failures += 1
+
+    def attempt(self, session: IrcSession) -> str:
+        """Connects, serves as long as that lasts, and says in one line why it ended."""
+        try:
+            with self.connect() as plain, self.wrap(plain) as sock:
+                if self.tls:
+                    self.shake_hands(sock)
+                self.serve(sock, session)
+        except (IrcFailure, OSError) as error:
+            return str(error)
+        except Exception:  # whatever we overlooked must not leave us silently gone
+            log.exception("IRC: a fault of the bot")
+            return "a fault of the bot"
+
+    def wait(self, sock: socket.socket | None, events: int, deadline: float) -> bool:
+        """Whether the socket was ready before the deadline; raises Stopped when told to stop."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.alarm, selectors.EVENT_READ)
+            if sock:
+                selector.register(sock, events)
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+        if any(key.fileobj is self.alarm for key, _ in ready):
+            raise Stopped
+        return bool(ready)
+
+    def look_up(self, deadline: float) -> list[Any]:
+        """The server's addresses. A look-up that hangs is left for the next attempt."""
+        lookup = self.lookup = self.lookup or AddressLookup(self.options.host, self.options.port)
+        if not self.wait(lookup.done, selectors.EVENT_READ, deadline):
+            raise IrcFailure(f"the look-up of {self.options.host} takes too long")
+        self.lookup = None
+        lookup.done.close()
+        if not lookup.addresses:
+            raise IrcFailure(f"cannot look up {self.options.host}: {lookup.problem}")
+        return lookup.addresses
+
+    def connect(self) -> socket.socket:
+        """A connection to the first address that takes one; each gets its share of the time."""
+        deadline = time.monotonic() + self.deadlines.connect
+        addresses = self.look_up(deadline)
+        for left, address in zip(range(len(addresses), 0, -1), addresses):
+            share = (deadline - time.monotonic()) / left
+            try:
+                return self.connect_to(address, time.monotonic() + share)
+            except OSError as error:
+                problem = f"cannot connect to {self.options.host}: {error.strerror or error}"
+        raise IrcFailure(problem)
+
+    def connect_to(self, address: Any, deadline: float) -> socket.socket:
+        family, kind, protocol, _, where = address
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(where)
+            if not self.wait(sock, selectors.EVENT_WRITE, deadline):
+                raise TimeoutError("timed out")
+            problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if problem:
+                raise OSError(problem, os.strerror(problem))
+            sock.settimeout(IRC_BLOCK_SECONDS)
+            return sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def wrap(self, plain: socket.socket) -> socket.socket:
+        """The socket itself where no TLS is wanted."""
+        if not self.tls:
+            return plain
+        host = self.options.host
+        try:
+            return self.tls.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+        except OSError as error:  # the server has hung up already
+            raise IrcFailure(IRC_NO_TLS.format(error)) from error
+
+    def shake_hands(self, sock: Any) -> None:
+        """Raises IrcFailure where there is no TLS, or the certificate is not to be trusted."""
+        deadline = time.monotonic() + self.deadlines.tls
+        while not self.handshake_ends(sock, deadline):
+            self.wait(None, 0, 0)
+        digest = hashlib.sha256(sock.getpeercert(binary_form=True)).hexdigest()
+        if self.options.fingerprint not in ("", digest):
+            raise IrcFailure(f"bad certificate: its SHA-256 is {digest}")
+
+    def handshake_ends(self, sock: Any, deadline: float) -> bool:
+        """Whether TLS stands; if not yet, it is time to see whether we are to stop."""
+        try:
+            sock.do_handshake()
+            return True
+        except OSError as error:
+            if isinstance(error, socket.timeout) and time.monotonic() < deadline:
+                return False
+            distrust = getattr(error, "verify_message", "")
+            problem = f"bad certificate: {distrust}" if distrust else IRC_NO_TLS.format(error)
+            raise IrcFailure(problem) from error
+
+    def serve(self, sock: socket.socket, session: IrcSession) -> NoReturn:
+        unread = b""
+        session.begin(time.monotonic())
+        try:
+            while True:
+                sock.sendall(session.outbox.take(time.monotonic()))
+                if self.wait(sock, selectors.EVENT_READ, session.deadline()):
+                    unread = self.receive(sock, session, unread)
+                session.tick(time.monotonic())
+        except Stopped:
+            if session.registered is not None:
+                with contextlib.suppress(OSError):
+                    sock.sendall(format_irc_line("QUIT", "stopped"))
+            raise
+
+    def receive(self, sock: socket.socket, session: IrcSession, unread: bytes) -> bytes:
+        """Hands on each line that is complete, and returns the beginning of the next."""
+        try:
+            received = sock.recv(IRC_RECEIVE_BYTES)
+        except socket.timeout:  # a TLS record that has not come whole
+            return unread
+        if not received:
+            raise IrcFailure("the server closed the connection")
+        *lines, unread = (unread + received).split(b"\n")
+        for line in lines:
+            session.receive(line, time.monotonic())
+        return unread[: IRC_TAGS_BYTES + IRC_LINE_BYTES]
+
+
 # ---- the machine -------------------------------------------------------------------------------
 
 
@@ -2280,6 +2994,85 @@ def parse_public_url(text: str) -> str:
     return text.rstrip("/") + "/"
 
 
+def add_irc_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the bot."""
+    add = parser.add_argument_group("IRC").add_argument
+    add("--irc", metavar="HOST[:PORT]", help="answer on this IRC server (default: on none)")
+    add("--irc-plaintext", action="store_true", help="without TLS, on port 6667 instead of 6697")
+    add("--irc-fingerprint", metavar="SHA256", default="",
+        help="trust the server's certificate if it has this digest, and no other")  # fmt: skip
+    add("--irc-nick", metavar="NICK", default="fingerbot", help="(default: fingerbot)")
+    add("--irc-channel", metavar="'#NAME'", action="append", default=[],
+        help="join it, and announce changes there; repeatable")  # fmt: skip
+    add("--irc-account", metavar="NAME", default="", help="log in with SASL")
+    add("--irc-password-file", metavar="FILE",
+        help="the account's, else the server's (default: $FINGERD_IRC_PASSWORD)")  # fmt: skip
+
+
+def irc_address(text: str, default_port: int) -> tuple[str, int]:
+    """Reads HOST, HOST:PORT, an IPv6 address, or one in brackets with :PORT."""
+    match = re.fullmatch(r"(\[\S+\]|[^:\s]+)(?::([0-9]+))?|(\S*:\S*:\S*)", text)
+    if not match:
+        raise StartError(f"--irc: {text!r} is not HOST or HOST:PORT")
+    return (match[1] or match[3]).strip("[]"), int(match[2] or default_port)
+
+
+def irc_password(file_name: str | None, environ: Mapping[str, str]) -> str:
+    """The first line of the file."""
+    if not file_name:
+        return environ.get("FINGERD_IRC_PASSWORD", "")
+    try:
+        with open(file_name, encoding="utf-8") as file:
+            return file.readline().rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"--irc-password-file: {error}") from error
+
+
+def check_irc_options(options: IrcOptions) -> None:
+    """Raises StartError with the first thing that is wrong."""
+    private = options.tls or IRC_LOOPBACK.fullmatch(options.host)
+    joined = ",".join(options.channels)
+    refused = {
+        "--irc: the port must be from 1 to 65535": not 0 < options.port < 65536,
+        "--irc-nick: not a nick": not IRC_NICK.fullmatch(options.nick),
+        "--irc-channel: not the name of a channel": not all(
+            map(IRC_CHANNEL.fullmatch, options.channels)
+        ),
+        "--irc-channel: too many": len(joined.encode()) > IRC_CHANNELS_BYTES,
+        "--irc-account needs a password": options.account and not options.password,
+        "--irc-account needs TLS, or a server on this machine": options.account and not private,
+        "--irc-account, or the password: it has a control character": re.search(
+            "[\0\r\n]", options.account + options.password
+        ),
+        "--irc-fingerprint: not a SHA-256 in hexadecimal": not re.fullmatch(
+            "|[0-9a-f]{64}", options.fingerprint
+        ),
+        "--irc-fingerprint needs TLS": options.fingerprint and not options.tls,
+    }
+    for problem, found in refused.items():
+        if found:
+            raise StartError(problem)
+
+
+def irc_options(options: argparse.Namespace) -> IrcOptions | None:
+    """The bot's part of the command line, None without --irc; StartError for what is wrong."""
+    if not options.irc:
+        return None
+    host, port = irc_address(options.irc, 6667 if options.irc_plaintext else 6697)
+    irc = IrcOptions(
+        host=host,
+        port=port,
+        tls=not options.irc_plaintext,
+        nick=options.irc_nick,
+        channels=tuple(options.irc_channel),
+        account=options.irc_account,
+        password=irc_password(options.irc_password_file, os.environ),
+        fingerprint=options.irc_fingerprint.replace(":", "").lower(),
+    )
+    check_irc_options(irc)
+    return irc
+
+
 EPILOG = """\
 ADDRESS is PORT, HOST:PORT, [v6]:PORT or off; port 0 takes a free one. Without a host it is every
 address of this machine, IPv4 and IPv6, but for the setter 127.0.0.1.
@@ -2326,6 +3119,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         help="where to keep the messages, or off (default: in the state directory)")  # fmt: skip
     add("--run-as", metavar="USER[:GROUP]",
         help="whom to become when started as root (default: 1:1)")  # fmt: skip
+    add_irc_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -2392,23 +3186,32 @@ def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.sock
     )
 
 
-def build_services(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Server]]:
-    """Everything, with its sockets bound, privileges dropped and the users file read."""
+class Services(NamedTuple):
+    """All that runs; made with its sockets bound, privileges dropped and the users file read."""
+
+    store: StatusStore
+    reloader: Reloader
+    servers: list[Server]
+    bot: IrcBot | None
+
+
+def build_services(options: argparse.Namespace) -> Services:
+    """Everything, ready to be started; StartError or NotKept where that cannot be."""
     identity = find_identity(options.run_as or "1:1") if os.geteuid() == 0 else None
     if options.run_as and not identity:
         raise StartError("--run-as: only root can become somebody else")
-    listeners = bind(options)
+    listeners, irc = bind(options), irc_options(options)
     policy = make_policy(options, listeners)
     path = state_path(options, bool(identity))
     state = StateFile(path) if options.state and path else None
     if path and not options.state:
         state = open_default_state(path, identity)
-    source = find_source(options, path)
+    store = StatusStore(state)
+    bot = IrcBot(irc, store) if irc else None
+    reloader = Reloader(find_source(options, path), store, options.interval)
     import_what_is_lazy()
     if identity:
         drop_privileges(identity)
-    store = StatusStore(state)
-    reloader = Reloader(source, store, options.interval)
     try:
         reloader.load()
     except UsersError as problem:
@@ -2421,7 +3224,7 @@ def build_services(options: argparse.Namespace) -> tuple[StatusStore, Reloader, 
         servers.append(SetterServer(listeners["setter"], store, reloader.refresh))
     if "web" in listeners:
         servers.append(WebServer(listeners["web"], store, policy))
-    return store, reloader, servers
+    return Services(store, reloader, servers, bot)
 
 
 def wait_for_the_end(reloader: Reloader) -> None:
@@ -2433,24 +3236,34 @@ def wait_for_the_end(reloader: Reloader) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
 
 
-def serve(store: StatusStore, reloader: Reloader, servers: list[Server]) -> None:
+def serve(services: Services) -> None:
     """Run the services until a signal stops them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: the main one waits for them
-    for server in servers:
+    for server in services.servers:
         threading.Thread(target=server.serve_forever, name=server.face, daemon=True).start()
-    reloader.start()
+    services.reloader.start()
+    if services.bot:
+        services.bot.start()
     notify("READY=1")
     log.info("ready")
-    wait_for_the_end(reloader)
+    wait_for_the_end(services.reloader)
     notify("STOPPING=1")
-    reloader.cancel()
+    stop(services)
+
+
+def stop(services: Services) -> None:
+    """End everything, side by side, and then the store."""
+    services.reloader.cancel()
     deadline = time.monotonic() + STOP_SECONDS
-    stoppers = [threading.Thread(target=server.stop, args=(deadline,)) for server in servers]
+    ends = [functools.partial(server.stop, deadline) for server in services.servers]
+    if services.bot:
+        ends.append(functools.partial(services.bot.stop))
+    stoppers = [threading.Thread(target=end) for end in ends]
     for stopper in stoppers:
         stopper.start()
     for stopper in stoppers:
         stopper.join()
-    store.close()
+    services.store.close()
 
 
 def raise_descriptor_limit() -> None:
@@ -2472,7 +3285,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (StartError, UsersError, NotKept) as problem:
         print(f"fingerd: {problem}", file=sys.stderr)
         return 1
-    serve(*services)
+    serve(services)
     return 0
 
 
