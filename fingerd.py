@@ -295,10 +295,10 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     """
     start = _TELNET.match(data).end()  # type: ignore[union-attr]  # it matches the empty string
     end = _LINE_END.search(data, start)
-    line = data[start : end.start()] if end else data[start:]
+    line = data[: end.start()] if end else data
     if len(line.rstrip(b"\r")) > MAX_QUERY:
         return FingerQuery(too_long=True)
-    return parse_finger_line(clean(decode(line))) if end or ended else None
+    return parse_finger_line(clean(decode(line[start:]))) if end or ended else None
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
@@ -457,10 +457,11 @@ def judge_http_head(head: bytes) -> HttpHead:
 
 def parse_http_head(data: bytes, ended: bool) -> HttpHead | None:
     """The request head at the front of `data`, or None while it is incomplete."""
-    end = _HEAD_END.search(data, len(data) - len(data.lstrip(b"\r\n")))
+    begun = data.lstrip(b"\r\n")  # some clients end a body with an empty line too many
+    end = _HEAD_END.search(data, len(data) - len(begun))
     if end:
         return judge_http_head(data[: end.end()])
-    problem = size_problem(data.lstrip(b"\r\n").split(b"\n"))
+    problem = size_problem(begun.split(b"\n")) or (431 if len(data) > MAX_HTTP_HEAD else 0)
     return HttpHead(problem) if problem else None
 
 
@@ -483,7 +484,7 @@ def weigh(accept: str, media_type: str) -> float:
         media_range, *parameters = [word.strip() for word in part.split(";")]
         ranks = {"*/*": 0, media_type.split("/")[0] + "/*": 1, media_type: 2}
         weights = [word[2:] for word in parameters if word.startswith("q=")] or ["1"]
-        if media_range in ranks and re.fullmatch(r"[01](\.[0-9]{0,3})?", weights[0]):
+        if media_range in ranks and re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weights[0]):
             best = max(best, (ranks[media_range], float(weights[0])))
     return best[1]
 
@@ -1107,6 +1108,23 @@ def is_this_machine(host: str, policy: Policy, reached: str) -> bool:
     return host in policy.hostnames or host.strip("[]") == reached
 
 
+def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
+    """Everybody, as much of it as fits into MAX_LISTING bytes."""
+    if policy.private:
+        return "Finger online user list denied\r\n"
+    lines: list[str] = []
+    room = MAX_LISTING - len("... and 2000000 more\r\n")
+    for user, status in now.users():
+        since = f" (since {plain_time(status.since)})" if long else ""
+        line = f"{user}: {status.text}{since}\r\n"
+        room -= len(line.encode())
+        if room <= 0:
+            lines.append(f"... and {now.size() - len(lines)} more\r\n")
+            break
+        lines.append(line)
+    return "".join(lines)
+
+
 def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "") -> str:
     """The answer to a finger query, each line ended by CRLF (RFC 1288, section 2.2).
 
@@ -1125,23 +1143,6 @@ def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: st
         return status.text + "\r\n"
     since = plain_time(status.since)
     return f"Login: {query.user}\r\nStatus: {status.text}\r\nSince: {since}\r\n"
-
-
-def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
-    """Everybody, as much of it as fits into MAX_LISTING bytes."""
-    if policy.private:
-        return "Finger online user list denied\r\n"
-    lines: list[str] = []
-    room = MAX_LISTING - len("... and 2000000 more\r\n")
-    for user, status in now.users():
-        since = f" (since {plain_time(status.since)})" if long else ""
-        line = f"{user}: {status.text}{since}\r\n"
-        room -= len(line.encode())
-        if room <= 0:
-            lines.append(f"... and {now.size() - len(lines)} more\r\n")
-            break
-        lines.append(line)
-    return "".join(lines)
 
 
 # ---- web ---------------------------------------------------------------------------------------
@@ -1357,7 +1358,7 @@ def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
         headers.append(("Last-Modified", http_time(page.modified)))
     if page.allow:
         headers.append(("Allow", page.allow))
-    if head.keep != head.http_1_1:
+    if not (head.keep and head.http_1_1):
         headers.append(("Connection", "keep-alive" if head.keep else "close"))
     if page.status == 200 and page.etag and is_unchanged(head, page):
         return [format_http_head(304, headers)]
@@ -2691,8 +2692,10 @@ class IrcBot:
                 if self.tls:
                     self.shake_hands(sock)
                 self.serve(sock, session)
-        except (IrcFailure, OSError) as error:
+        except IrcFailure as error:
             return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
         except Exception:  # whatever we overlooked must not leave us silently gone
             log.exception("IRC: a fault of the bot")
             return "a fault of the bot"
@@ -3236,21 +3239,6 @@ def wait_for_the_end(reloader: Reloader) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
 
 
-def serve(services: Services) -> None:
-    """Run the services until a signal stops them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: the main one waits for them
-    for server in services.servers:
-        threading.Thread(target=server.serve_forever, name=server.face, daemon=True).start()
-    services.reloader.start()
-    if services.bot:
-        services.bot.start()
-    notify("READY=1")
-    log.info("ready")
-    wait_for_the_end(services.reloader)
-    notify("STOPPING=1")
-    stop(services)
-
-
 def stop(services: Services) -> None:
     """End everything, side by side, and then the store."""
     services.reloader.cancel()
@@ -3264,6 +3252,21 @@ def stop(services: Services) -> None:
     for stopper in stoppers:
         stopper.join()
     services.store.close()
+
+
+def serve(services: Services) -> None:
+    """Run the services until a signal stops them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: the main one waits for them
+    for server in services.servers:
+        threading.Thread(target=server.serve_forever, name=server.face, daemon=True).start()
+    services.reloader.start()
+    if services.bot:
+        services.bot.start()
+    notify("READY=1")
+    log.info("ready")
+    wait_for_the_end(services.reloader)
+    notify("STOPPING=1")
+    stop(services)
 
 
 def raise_descriptor_limit() -> None:
