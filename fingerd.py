@@ -272,7 +272,7 @@ class FingerQuery(NamedTuple):
 
 
 _TELNET = re.compile(rb"(?:[ \t]|\xff[\xfb-\xfe].|\xff\xfa.*?\xff\xf0|\xff[\xf1-\xf9])*", re.DOTALL)
-_LINE_END = re.compile(rb"\n|\r\0")
+_LINE_END = re.compile(rb"\r?\n|\r\0")
 
 
 def parse_finger_line(line: str) -> FingerQuery:
@@ -295,10 +295,10 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     """
     start = _TELNET.match(data).end()  # type: ignore[union-attr]  # it matches the empty string
     end = _LINE_END.search(data, start)
-    line = data[: end.start()] if end else data
-    if len(line.rstrip(b"\r")) > MAX_QUERY:
+    size = end.start() if end else len(data) - data.endswith(b"\r")
+    if size > MAX_QUERY:
         return FingerQuery(too_long=True)
-    return parse_finger_line(clean(decode(line[start:]))) if end or ended else None
+    return parse_finger_line(clean(decode(data[start:size]))) if end or ended else None
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
