@@ -541,8 +541,7 @@ _PAGE = """<!DOCTYPE html>
 {main}
 </main>
 </body>
-</html>
-"""
+</html>"""
 
 
 def html_page(title: str, main: str, feed: str = "") -> str:
@@ -1238,7 +1237,7 @@ class WebAnswers:
         if name == "atom":
             return self._feed(now, head, user, [(user, status)])
         made = {"html": self._user_html, "json": json_status, "text": self._user_text}[name]
-        return make_page(200, name, [made(user, *status)], status.since)
+        return make_page(200, name, [made(user, *status) + "\n"], status.since)
 
     def _nobody(self, name: str, user: str) -> Page:
         if name == "text":
@@ -1248,7 +1247,7 @@ class WebAnswers:
         return make_page(404, "html", [html_error(user, NO_SUCH_USER)])
 
     def _user_text(self, _user: str, text: str, _since: float) -> str:
-        return text + "\n"
+        return text
 
     def _user_html(self, user: str, text: str, since: float) -> str:
         url = self._base + urllib.parse.quote(user, safe="")
@@ -2259,10 +2258,10 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         body = self.read_body(head)
         page = self.answer(head, body)
         peer.data = peer.data[head.size + head.length :]
-        log.debug(
-            "web: %s: %s %a: %d", peer.address, head.method, head.path[:MAX_NAME], page.status
-        )
-        peer.send(web_response(head, page, time.time()), last=not head.keep)
+        response = web_response(head, page, time.time())
+        status = response[0][9:12].decode()
+        log.debug("web: %s: %s %a: %s", peer.address, head.method, head.path[:MAX_NAME], status)
+        peer.send(response, last=not head.keep)
         peer.allow(WEB_SECONDS)
         return head.keep
 
@@ -2491,9 +2490,10 @@ class UrlSource:
             self._request.remove_header(asked.capitalize())
             if told in headers:
                 self._request.add_header(asked, headers[told])
-        date = email.utils.parsedate_to_datetime(headers.get("Last-Modified") or headers["Date"])
-        self._keep(users.texts, date.timestamp())
-        return Reading(users, date.timestamp(), steady=True)
+        date = headers.get("Last-Modified")
+        modified = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
+        self._keep(users.texts, modified)
+        return Reading(users, modified, steady=True)
 
     def _keep(self, texts: Mapping[str, str], modified: float) -> None:
         """Replace the copy by `texts`; where that fails, there is none or an older one."""
