@@ -288,17 +288,21 @@ def parse_finger_line(line: str) -> FingerQuery:
 
 
 @functools.lru_cache(maxsize=1024)  # most ask for the same few: 2.2 µs less per answer
-def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
-    """The query in what a client has sent so far, or None while its line has not ended.
-
-    LF, CRLF, CR NUL or the end of the stream ends it; telnet negotiation in front is passed over.
-    """
+def _parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     start = _TELNET.match(data).end()  # type: ignore[union-attr]  # it matches the empty string
     end = _LINE_END.search(data, start)
     size = end.start() if end else len(data) - data.endswith(b"\r")
     if size > MAX_QUERY:
         return FingerQuery(too_long=True)
     return parse_finger_line(clean(decode(data[start:size]))) if end or ended else None
+
+
+def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
+    """The query in what a client has sent so far, or None while its line has not ended.
+
+    LF, CRLF, CR NUL or the end of the stream ends it; telnet negotiation in front is passed over.
+    """
+    return _parse_finger(data[: MAX_QUERY + 2], ended)
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
@@ -313,7 +317,7 @@ class Setting(NamedTuple):
 
 
 # A page in somebody's browser can make it POST to localhost; it cannot make it leave this out.
-_HTTP_REQUEST = re.compile(r"[A-Z]+ .* ?HTTP/[0-9.]+")
+_HTTP_REQUEST = re.compile(r"\S+ .*HTTP/[0-9.]+")
 
 
 def parse_setting(data: bytes, ended: bool) -> Setting | None:
@@ -1967,6 +1971,7 @@ class Peer:
         self.sock, self.address = sock, address
         self.deadline = time.monotonic() + seconds
         self.crowd: Crowd | None = None
+        self.network = b""  # known when it joins the crowd
         self.data = self.rest = b""  # what came and is not used up; what is still to be sent
         self.ended = self.closing = self.waiting = self.dismissed = False
 
@@ -2209,6 +2214,7 @@ class SetterServer(Server):
         """Answer OK once the message is kept, or ERROR and the reason."""
         request.be_patient()  # for the disk
         setting = request.read(parse_setting)
+        request.allow(math.inf)  # the time is ours until we answer
         problem = setting.problem or self.keep(setting, request.address)
         log.debug("setter: %s: %a: %s", request.address, setting.user, problem or "OK")
         request.send([f"ERROR {problem}\r\n".encode() if problem else b"OK\r\n"], last=True)
@@ -2256,6 +2262,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         if head.problem or head.length or head.path == "/" or head.method not in ("GET", "HEAD"):
             peer.be_patient()  # for what is still to come, or for an answer that is long
         body = self.read_body(head)
+        peer.allow(math.inf)  # the time is ours until we answer
         page = self.answer(head, body)
         peer.data = peer.data[head.size + head.length :]
         response = web_response(head, page, time.time())
@@ -2913,17 +2920,19 @@ def find_identity(run_as: str) -> Identity:
 
 def drop_privileges(identity: Identity) -> None:
     """Become `identity` for good; groups first, for afterwards they could not be changed."""
-    os.setgroups([])
-    os.setgid(identity.gid)
-    os.setuid(identity.uid)
-    now = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}, set(os.getgroups())
-    if now != ({identity.uid}, {identity.gid}, set()):
-        raise StartError(f"cannot become uid {identity.uid}, gid {identity.gid}")
+    with contextlib.suppress(OSError, OverflowError):
+        os.setgroups([])
+        os.setgid(identity.gid)
+        os.setuid(identity.uid)
+    ids = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}, os.getgroups()
+    if ids != ({identity.uid}, {identity.gid}, []):
+        raise StartError(f"--run-as: cannot become uid {identity.uid}, gid {identity.gid}")
 
 
 def import_what_is_lazy() -> None:
     """Import what the library would import later: after the drop it may be out of reach."""
-    for name in ("encodings.idna", "encodings.latin_1", "linecache", "pydoc", "tokenize"):
+    encodings = ("idna", "latin_1", "cp1252", "iso8859_15", "koi8_r")  # for XML that declares one
+    for name in ("linecache", "pydoc", "tokenize", *(f"encodings.{name}" for name in encodings)):
         importlib.import_module(name)
 
 
@@ -2940,7 +2949,7 @@ def default_state(users: str, environ: Mapping[str, str], root: bool) -> pathlib
         return pathlib.Path(environ["STATE_DIRECTORY"].split(":")[0], name)
     if root:
         return pathlib.Path("/var/lib/fingerd", name)
-    home = environ.get("XDG_STATE_HOME") or pathlib.Path("~/.local/state").expanduser()
+    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return pathlib.Path(home, "fingerd", name)
 
 
@@ -3139,7 +3148,7 @@ def configure_logging(verbose: bool) -> None:
 def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> FileSource | UrlSource:
     """Where the users file is read; a copy from another server lies beside the `state`."""
     if is_url(options.users):
-        return UrlSource(options.users, state and state.with_suffix(".users"))
+        return UrlSource(options.users, state and state.with_name(state.name + ".users"))
     return FileSource(pathlib.Path(options.users))
 
 
@@ -3212,8 +3221,8 @@ def build_services(options: argparse.Namespace) -> Services:
     store = StatusStore(state)
     bot = IrcBot(irc, store) if irc else None
     reloader = Reloader(find_source(options, path), store, options.interval)
-    import_what_is_lazy()
     if identity:
+        import_what_is_lazy()
         drop_privileges(identity)
     try:
         reloader.load()
