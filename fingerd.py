@@ -108,6 +108,7 @@ SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
 FETCH_SECONDS = 10.0  # for a users file on another server
+GATHER_SECONDS = 0.002  # in which messages that come together gather for one commit
 PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor for it
 FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in such a time
 BURST = 256  # connections accepted before the server looks at its own affairs again
@@ -622,7 +623,7 @@ def _refuse_doctype(*_declaration: object) -> None:
 
 def parse_rpc_call(body: bytes) -> RpcCall:
     """The method call in `body`, whatever encoding it declares."""
-    target = xmlrpc.client.Unmarshaller(use_builtin_types=True)
+    target = xmlrpc.client.Unmarshaller()
     parser = xml.parsers.expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = target.start, target.end
     parser.CharacterDataHandler = target.data
@@ -1027,6 +1028,8 @@ class StatusStore:
         self._orders.append(order)
         with self._writing:
             if not order.done:
+                if len(self._orders) > 1:
+                    time.sleep(GATHER_SECONDS)  # who comes in company may be followed by more
                 self._carry_out([self._orders.popleft() for _ in range(len(self._orders))])
         if order.problem:
             raise NotKept(order.problem)
@@ -2081,6 +2084,7 @@ class Server(socketserver.ThreadingTCPServer):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         self.crowd = Crowd(self.ceiling)
         self.next_look = 0.0
+        self.accepting = True  # as far as was logged
 
     def get_request(self) -> tuple[Any, Any]:
         """The next connection as a Peer; raises BlockingIOError if there is none.
@@ -2097,11 +2101,14 @@ class Server(socketserver.ThreadingTCPServer):
             try:
                 peer, address = self.get_request()
             except BlockingIOError:
+                self.accepting = True
                 return True
             except ConnectionError:  # gone while it queued
                 continue
-            except OSError as problem:  # most likely we have no descriptor left for it
-                log.error("%s: cannot accept: %s", self.face, problem)
+            except Exception as problem:  # most likely we have no descriptor left for it
+                if self.accepting:
+                    log.error("%s: cannot accept: %s", self.face, problem)
+                self.accepting = False
                 time.sleep(PAUSE_SECONDS)
                 return False
             try:
@@ -2212,8 +2219,8 @@ class SetterServer(Server):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Answer OK once the message is kept, or ERROR and the reason."""
-        request.be_patient()  # for the disk
         setting = request.read(parse_setting)
+        request.be_patient()  # for the disk
         request.allow(math.inf)  # the time is ours until we answer
         problem = setting.problem or self.keep(setting, request.address)
         log.debug("setter: %s: %a: %s", request.address, setting.user, problem or "OK")
