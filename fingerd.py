@@ -108,7 +108,7 @@ SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
 FETCH_SECONDS = 10.0  # for a users file on another server
-GATHER_SECONDS = 0.002  # in which messages that come together gather for one commit
+GATHER_SECONDS = 0.005  # in which messages gather for one commit when many come
 PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor for it
 FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in such a time
 BURST = 256  # connections accepted before the server looks at its own affairs again
@@ -852,7 +852,7 @@ class StateFile:
         self._db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} COMMIT")
         (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise OSError(f"damaged: {verdict}")
+            raise OSError("damaged: " + verdict.splitlines()[-1])
 
     def load(self) -> dict[str, Message]:
         """Every message that was kept."""
@@ -951,7 +951,10 @@ class StatusStore:
     def __init__(self, state: StateFile | None = None) -> None:
         self._state = state
         self._writing = threading.Lock()
-        self._orders: collections.deque[_Order] = collections.deque()
+        self._company = threading.Condition()  # of those who wait for a commit
+        self._orders: list[_Order] = []
+        self._committing = False
+        self._busy = False  # the last commit was for more than one
         self._messages = state.load() if state else {}
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
@@ -1021,18 +1024,36 @@ class StatusStore:
     def set(self, user: str, text: str, by: str = "") -> None:
         """Set the user's message, "" to take it back; returns once that is on disk and visible.
 
-        Raises NotKept, with nothing changed, where it cannot be. Those who come together share a
-        commit: the first one in carries out the orders of all who wait behind it.
+        Raises NotKept, with nothing changed, where it cannot be. Those who come while another one
+        is committed share the next commit, which one of them makes for all.
         """
         order = _Order(user, text, by)
-        self._orders.append(order)
-        with self._writing:
+        with self._company:
+            self._orders.append(order)
+            self._company.wait_for(lambda: order.done or not self._committing)
             if not order.done:
-                if len(self._orders) > 1:
-                    time.sleep(GATHER_SECONDS)  # who comes in company may be followed by more
-                self._carry_out([self._orders.popleft() for _ in range(len(self._orders))])
+                self._committing = True
+        if not order.done:
+            self._carry_out_all()
         if order.problem:
             raise NotKept(order.problem)
+
+    def _carry_out_all(self) -> None:
+        """Carry out every order that waits, and let those who gave them go on."""
+        if self._busy:
+            time.sleep(GATHER_SECONDS)
+        with self._company:
+            orders, self._orders = self._orders, []
+        self._busy = len(orders) > 1
+        try:
+            with self._writing:
+                self._carry_out(orders)
+        finally:
+            with self._company:
+                for order in orders:
+                    order.done = True
+                self._committing = False
+                self._company.notify_all()
 
     def _carry_out(self, orders: list[_Order]) -> None:
         """Commit and publish `orders` at once, and tell each its outcome."""
@@ -1040,7 +1061,6 @@ class StatusStore:
         carried_out: list[_Order] = []
         room, when = MAX_MESSAGES - len(self._messages), time.time()
         for order in orders:
-            order.done = True
             new = order.text and order.user not in self._messages and not changes.get(order.user)
             if new and not room:
                 order.problem = f"no room for more than {MAX_MESSAGES} messages"
