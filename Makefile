@@ -13,7 +13,7 @@ run:  ## the example on unprivileged loopback ports, until Ctrl-C
 	    --web 127.0.0.1:8000 --state off users.example
 
 test:  ## all tests; FUZZ=100000 and SOAK=100000 for more of some
-	$(PYTHON) -W error::SyntaxWarning -m unittest -q test_fingerd
+	$(PYTHON) test_fingerd.py
 
 check:  ## lint, format and types; the tools come into a throw-away venv where they are missing
 	@if command -v ruff >/dev/null && command -v mypy >/dev/null; then :; else \

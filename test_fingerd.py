@@ -1,0 +1,4189 @@
+"""Tests of fingerd.py: `make test` runs them all, `python3 -m unittest test_fingerd.Codecs` some.
+
+They use real sockets and processes on loopback, and real clients and servers where those are
+installed. FUZZ=100000 and SOAK=100000 make the fuzz and the soak longer, FINGERD_REAL_CLIENTS=0
+skips the tests with real clients.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import contextlib
+import fcntl
+import html.parser
+import http
+import http.client
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import pwd
+import queue
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+import urllib.request
+import xml.etree.ElementTree
+import xmlrpc.client
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable, ClassVar, Iterator, NamedTuple
+from unittest import mock
+
+import fingerd
+
+# ================================================================================================
+# what the tests share
+# ================================================================================================
+
+FINGERD = pathlib.Path(fingerd.__file__).resolve()
+DEADLINE = 20.0  # seconds after which a test gives up; none is meant to come near it
+USERS = "moshez: Happy and well\nshawn: alive\n"
+
+
+def until(condition: Callable[[], Any], what: str = "") -> Any:
+    """The first true value of `condition`, asked for until the deadline."""
+    end = time.monotonic() + DEADLINE
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"not in time: {what or condition}")
+        time.sleep(0.01)
+
+
+def ask(port: int, data: bytes, half_close: bool = True, host: str = "127.0.0.1") -> bytes:
+    """What the server on `port` answers to `data` until it closes."""
+    with socket.create_connection((host, port), DEADLINE) as sock:
+        sock.sendall(data)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        return read_all(sock)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Everything until the other side closes."""
+    chunks = []
+    while True:
+        chunk = sock.recv(65536)
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+
+
+class Service:
+    """A fingerd process with a users file, a state file and free loopback ports of its own."""
+
+    def __init__(
+        self,
+        text: str = USERS,
+        *options: str,
+        ready: bool = True,
+        program: tuple[str, ...] = (sys.executable, str(FINGERD)),
+        run_as: str = "0:0",
+        source: str = "",
+        **popen: Any,
+    ) -> None:
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fingerd-test-"))
+        self.folder.chmod(0o755)
+        self.users = self.folder / "users"
+        self.write(text)
+        self.source = source or str(self.users)
+        self.state = self.folder / "state.db"
+        self.options, self.popen = list(options), popen
+        self.program, self.run_as = program, run_as  # run_as "": what the service does by itself
+        self.log: list[str] = []
+        self.start(ready)
+
+    def write(self, text: str) -> None:
+        """Replace the users file as careful editors do: by a rename."""
+        new = self.folder / "users.new"
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, self.users)
+
+    def start(self, ready: bool = True) -> None:
+        """Start the process, with the same options, and wait until it says that it is ready."""
+        command = [*self.program, self.source, "--state", str(self.state)]
+        for face in ("finger", "setter", "web"):
+            if f"--{face}" not in self.options:
+                command += [f"--{face}", "127.0.0.1:0"]
+        if os.geteuid() == 0 and self.run_as and "--run-as" not in self.options:
+            command += ["--run-as", self.run_as]
+        self.process = subprocess.Popen(
+            command + self.options, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **self.popen
+        )
+        self.log = []
+        self._reader = threading.Thread(target=self._read_log, args=(self.process.stderr,))
+        self._reader.start()
+        if ready:
+            self.wait_for("ready$")
+
+    def _read_log(self, stream: Any) -> None:
+        with stream:
+            for line in stream:
+                self.log.append(line.decode("utf-8", "replace").rstrip("\n"))
+
+    def wait_for(self, pattern: str) -> str:
+        """The first log line that holds `pattern`."""
+
+        def found() -> str | None:
+            lines = [line for line in list(self.log) if re.search(pattern, line)]
+            if not lines and self.process.poll() is not None and not self._reader.is_alive():
+                raise AssertionError(f"fingerd ended: {self.log}")
+            return lines[0] if lines else None
+
+        line: str = until(found, pattern)
+        return line
+
+    def port(self, face: str) -> int:
+        """The port on which `face` listens."""
+        return int(self.wait_for(f"{face} listening on").rpartition(":")[2])
+
+    def finger(self, query: str) -> str:
+        """The answer to a finger query."""
+        return ask(self.port("finger"), query.encode() + b"\r\n").decode()
+
+    def set(self, user: str, text: str) -> str:
+        """What the setter answers."""
+        return ask(self.port("setter"), f"{user}\n{text}\n".encode()).decode()
+
+    def stop(self) -> int:
+        """End the process by SIGTERM; its exit status."""
+        self.process.terminate()
+        try:
+            return self.process.wait(DEADLINE)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
+
+    def close(self) -> None:
+        """End the process and remove its folder."""
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ServiceCase(unittest.TestCase):
+    """A test with services of its own, which end with it."""
+
+    def service(self, text: str = USERS, *options: str, **more: Any) -> Service:
+        """A running fingerd."""
+        service = Service(text, *options, **more)
+        self.addCleanup(service.close)
+        return service
+
+
+# ================================================================================================
+# laws, codecs, store, reloader, faces, real clients
+# ================================================================================================
+
+SOURCE = FINGERD.read_text(encoding="utf-8")
+ROOMS = ["text", "codecs", "store", "answers", "services", "composition"]
+
+# ---- laws --------------------------------------------------------------------------------------
+
+
+class Uses(ast.NodeVisitor):
+    """Every name that is read, with its line; annotations and a function's own names aside."""
+
+    def __init__(self, source: str) -> None:
+        self.found: list[tuple[str, int]] = []
+        self.defined: dict[str, int] = {}
+        self._own: list[set[str]] = [set()]
+        tree = ast.parse(source)
+        for node in tree.body:
+            for name in self._names(node):
+                self.defined.setdefault(name, node.lineno)
+        self.visit(tree)
+
+    @staticmethod
+    def _names(node: ast.AST) -> list[str]:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            return [node.name]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            stored = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+            return [name.id for name in stored if isinstance(name.ctx, ast.Store)]
+        return []
+
+    def visit_FunctionDef(self, node: Any) -> None:
+        for outside in [*getattr(node, "decorator_list", []), *node.args.defaults]:
+            self.visit(outside)
+        own = {arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)}
+        body = node.body if isinstance(node.body, list) else [node.body]
+        for part in itertools.chain.from_iterable(map(ast.walk, body)):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                own.add(part.id)
+            elif isinstance(part, (ast.FunctionDef, ast.Import, ast.ImportFrom)):
+                own.update(self._names(part))
+        self._own.append(self._own[-1] | own)
+        for part in body:
+            self.visit(part)
+        self._own.pop()
+
+    visit_Lambda = visit_FunctionDef
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value:
+            self.visit(node.value)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load) and node.id not in self._own[-1]:
+            self.found.append((node.id, node.lineno))
+
+    def too_early(self) -> list[tuple[str, int]]:
+        """The uses above their definition."""
+        return [use for use in self.found if use[1] < self.defined.get(use[0], 0)]
+
+
+class Laws(unittest.TestCase):
+    def setUp(self) -> None:
+        self.uses = Uses(SOURCE)
+        banners = re.finditer(r"^# =+\n# ([1-9])\. (\w+): .+\n# =+$", SOURCE, re.MULTILINE)
+        self.banners = [(match[2], SOURCE.count("\n", 0, match.start()) + 1) for match in banners]
+
+    def room(self, line: int) -> int:
+        """The number of the room that holds `line`, 0 above all."""
+        return sum(start <= line for _, start in self.banners)
+
+    def test_the_house_has_six_rooms(self) -> None:
+        self.assertEqual([name for name, _ in self.banners], ROOMS)
+
+    def test_a_name_is_used_only_below_its_definition(self) -> None:
+        wrong = Uses(
+            "def f(x: T, z=z):\n    y = 1\n    return g(x, y)\ndef g(): h\nh, z = T = 1, 2"
+        )
+        self.assertEqual(wrong.too_early(), [("z", 1), ("g", 3), ("h", 4)])
+        self.assertEqual(self.uses.too_early(), [])
+
+    def test_a_room_uses_only_rooms_above_it(self) -> None:
+        uses = [(name, line) for name, line in self.uses.found if name in self.uses.defined]
+        self.assertGreater(len(uses), 500)
+        upward = [u for u in uses if self.room(self.uses.defined[u[0]]) > self.room(u[1])]
+        self.assertEqual(upward, [])
+
+    def test_text_codecs_and_answers_know_no_socket_thread_clock_or_log(self) -> None:
+        services = {"socket", "threading", "time", "logging", "log"}
+        uses = [(name, line) for name, line in self.uses.found if name in services]
+        for node in ast.walk(ast.parse(SOURCE)):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                uses += [(name, node.lineno) for name in Uses._names(node) if name in services]
+        self.assertEqual([use for use in uses if self.room(use[1]) in (1, 2, 4)], [])
+        self.assertTrue([use for use in uses if self.room(use[1]) == 5])
+
+    def test_functions_and_lines_are_short(self) -> None:
+        functions = [f for f in ast.walk(ast.parse(SOURCE)) if isinstance(f, ast.FunctionDef)]
+        length = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
+        self.assertEqual({name: lines for name, lines in length.items() if lines > 45}, {})
+        self.assertEqual([line for line in SOURCE.splitlines() if len(line) > 100], [])
+
+    def test_nothing_but_the_standard_library_is_imported(self) -> None:
+        names = {"fingerd", "harness"}  # the tests may import these
+        for path in (FINGERD, pathlib.Path(__file__)):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    names.update(alias.name.split(".")[0] for alias in node.names)
+                elif isinstance(node, ast.ImportFrom):
+                    self.assertEqual(node.level, 0)
+                    names.add(str(node.module).split(".")[0])
+        for name in sorted(names - {"fingerd", "harness"}):
+            spec = importlib.util.find_spec(name)
+            origin = str(spec and spec.origin)
+            self.assertNotIn("-packages", origin, name)
+            known = getattr(sys, "stdlib_module_names", ())  # 3.10 and newer
+            self.assertTrue(name in known or not known, name)
+
+    def test_the_top_level_is_five_files(self) -> None:
+        command = ["git", "-C", str(FINGERD.parent), "ls-files"]
+        if not shutil.which("git"):
+            self.skipTest("no git here")
+        listing = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if listing.returncode:
+            self.skipTest("no repository here")
+        tops = {path.split("/")[0] for path in listing.stdout.decode().split()}
+        five = {"fingerd.py", "test_fingerd.py", "users.example", "README.md", "Makefile"}
+        self.assertEqual({top for top in tops if not top.startswith(".")} - five, set())
+
+
+# ---- codecs ------------------------------------------------------------------------------------
+
+Query, Setting, Head = fingerd.FingerQuery, fingerd.Setting, fingerd.HttpHead
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # emoji that need their joiners
+
+
+def raw(*lines: str, end: str = "\r\n") -> bytes:
+    """A request head of these lines."""
+    return (end.join(lines) + end * 2).encode("latin-1")
+
+
+class Codecs(unittest.TestCase):
+    def table(self, function: Callable[..., Any], rows: list[tuple[Any, Any]]) -> None:
+        """Assert what `function` makes of each row's first part, the second."""
+        for arguments, wanted in rows:
+            with self.subTest(arguments):
+                if not isinstance(arguments, tuple):
+                    arguments = (arguments,)
+                self.assertEqual(function(*arguments), wanted)
+
+    def test_text_becomes_one_printable_line(self) -> None:
+        self.table(
+            fingerd.clean,
+            [
+                ("", ""), (" a  b ", "a  b"), ("a\tb\t", "a b"),
+                ("a\r\nb\x00\x1b[1m\x7f\x85\x9bc", "ab[1mc"),
+                ("a\u2028b\u2029c\u202ed\u2066e\u2069f", "abcdef"),
+                ("a\ud800b\udfffc\ufffed\uffffe\ufdd0f", "abcdef"),
+                (FAMILY + " \u0646\u200c\u0647", FAMILY + " \u0646\u200c\u0647"),
+                ("\u00a0zo\u00e9\u3000", "zo\u00e9")
+            ]
+        )  # fmt: skip
+        self.table(fingerd.decode, [(b"zo\xc3\xa9", "zo\u00e9"), (b"zo\xe9", "zo\ufffd")])
+
+    def test_bad_names_have_a_problem(self) -> None:
+        for name in ("a", "John Doe", "zo\u00e9", "a/b", "a#", "...", "x" * 64, FAMILY):
+            self.assertEqual(fingerd.name_problem(name), "", name)
+        for name in ("", "a:b", "a@b", "/a", "#a", ".", "..", "x" * 65, "a\ufffd"):
+            self.assertNotEqual(fingerd.name_problem(name), "", name)
+
+    def test_users_files(self) -> None:
+        bad = [b"no colon", b": x", b"a@b: x", b"/a: x", b"x" * 65 + b": x", b"\xe9: x"]
+        bad += [b"a: " + b"x" * 1001, b"a: " + b" " * 8192, b".: x"]
+        tables: list[tuple[bytes, dict[str, str]]] = [  # begins with a byte of the BOM
+            (b"", {}), (b"\n \n# c\n  # c: d\n#\n", {}),
+            (
+                b"moshez: Happy and well\nshawn:alive",
+                {"moshez": "Happy and well", "shawn": "alive"}
+            ),
+            (b" a  b \t:  c : d \r\n", {"a  b": "c : d"}),
+            (b"a: 1\nb: 2\na: 3\n", {"a": "3", "b": "2"}), (b"a: 1\na:\n", {"a": ""}),
+            (b"\xef\xbb\xbfa: 1\n", {"a": "1"}), (b"\xef\xbb\xbf# a: 1\n", {}),
+            ("\uff21da: 1\n".encode(), {"\uff21da": "1"}),
+            (b"zo\xc3\xa9: caf\xc3\xa9\na: caf\xe9\n", {"zo\u00e9": "caf\u00e9", "a": "caf\ufffd"}),
+            (b"a: x\x1b[1my\x00\n", {"a": "x[1my"}), (b"a: " + b"x" * 1000, {"a": "x" * 1000})
+        ]  # fmt: skip
+        for data, texts in tables:
+            with self.subTest(data[:40]):
+                lines = data.splitlines(True)
+                self.assertEqual(fingerd.parse_users(lines, {}), (texts, [], 0))
+        for line in bad:
+            with self.subTest(line[:40]):
+                users = fingerd.parse_users([b"b: 1\n", line + b"\n", b"c: 2\n"], {})
+                self.assertEqual((users.texts, users.bad_lines), ({"b": "1", "c": "2"}, 1))
+                self.assertEqual([number for number, reason in users.problems if reason], [2])
+        users = fingerd.parse_users([b"x\n"] * 1000, {})
+        self.assertEqual((len(users.problems), users.bad_lines), (fingerd.MAX_PROBLEMS, 1000))
+
+    def test_a_formatted_line_is_parsed_back(self) -> None:
+        for name, text in itertools.product(
+            ("a", "zo\u00e9 b", "a#/"), ("x", "", ": y: #", FAMILY)
+        ):
+            line = fingerd.format_users_line(name, text)
+            self.assertEqual(fingerd.parse_users([line.encode()], {}), ({name: text}, [], 0))
+            self.assertTrue(line.endswith("\n"))
+
+    FINGER: ClassVar = [
+        (b"", Query()), (b"  ", Query()), (b"moshez", Query("moshez")),
+        (b"  moshez\t ", Query("moshez")), (b"John  Doe", Query("John  Doe")),
+        (b"zo\xc3\xa9", Query("zo\u00e9")), (b"zo\xe9", Query("zo\ufffd")),
+        (b"a\x1b[1mb\x9c", Query("a[1mb\ufffd")), (b"/W", Query("", True)),
+        (b" /w ", Query("", True)), (b"/W moshez", Query("moshez", True)),
+        (b"/w\t  moshez", Query("moshez", True)), (b"moshez /W", Query("moshez", True)),
+        (b"moshez  /w ", Query("moshez", True)), (b"/Wmoshez", Query("/Wmoshez")),
+        (b"moshez/W", Query("moshez/W")), (b"moshez@host", Query("moshez", host="host")),
+        (b"/W moshez @ Host ", Query("moshez", True, "Host")),
+        (b"moshez@host /W", Query("moshez", True, "host")), (b"@host", Query("", host="host")),
+        (b"moshez@", Query("moshez", host="")), (b"moshez@a@b", Query("moshez", host="a@b")),
+        (b"\xff\xfd\x01\xff\xfb\x1f moshez", Query("moshez")),
+        (b"\xff\xfa\x18\x00xterm\xff\xf0\xff\xf1moshez", Query("moshez")),
+        (b"\xff\xfd\n\xff\xfe\rmoshez", Query("moshez")),
+        (b"GET / HTTP/1.0", Query("GET / HTTP/1.0")), (b"x" * 512, Query("x" * 512)),
+        (b"x" * 513, Query(too_long=True))
+    ]  # fmt: skip
+
+    def test_finger_queries(self) -> None:
+        for line, query in self.FINGER:
+            with self.subTest(line):
+                for end in (b"\n", b"\r\n", b"\r\0", b"\nand more\r\n"):
+                    self.assertEqual(fingerd.parse_finger(line + end, False), query)
+                self.assertEqual(fingerd.parse_finger(line, True), query)
+                for size in range(len(line) if len(line) < 513 else 513):
+                    self.assertIsNone(fingerd.parse_finger(line[:size], False))
+
+    def test_a_finger_query_without_an_end_is_too_long_in_the_end(self) -> None:
+        for endless in (b"x", b" ", b"\t", b"\r", b"\0", b"\xff", b"\xff\xf1", b"\xff\xfd\x01"):
+            with self.subTest(endless):
+                query = fingerd.parse_finger(endless * 100_000, False)
+                self.assertEqual(query, Query(too_long=True))
+
+    def test_settings(self) -> None:
+        rows: list[tuple[bytes, Any, Any]] = [  # what came, the setting so far, and at the end
+            (b"moshez\nhi\n", Setting("moshez", "hi"), None),
+            (b" moshez \r\n hi\tyou \r\n", Setting("moshez", "hi you"), None),
+            (b"moshez\nhi\nmore\nlines", Setting("moshez", "hi"), None),
+            (b"moshez\n\n", Setting("moshez", ""), None),
+            (b"moshez\r\n\r\n", Setting("moshez", ""), None),
+            (b"zo\xc3\xa9\ncaf\xe9\x1b\n", Setting("zo\u00e9", "caf\ufffd"), None),
+            (b"John Doe\n: @ /\n", Setting("John Doe", ": @ /"), None),
+            (b"moshez\n" + b"x" * 1000 + b"\n", Setting("moshez", "x" * 1000), None),
+            (b"moshez\nhi", None, Setting("moshez", "hi")),
+        ]
+        for data, so_far, at_the_end in rows:
+            with self.subTest(data):
+                self.assertEqual(fingerd.parse_setting(data, False), so_far)
+                self.assertEqual(fingerd.parse_setting(data, True), so_far or at_the_end)
+                line = data[: data.find(b"\n", data.find(b"\n") + 1)] if so_far else data
+                for size in range(len(line) + 1):
+                    self.assertIsNone(fingerd.parse_setting(line[:size], False))
+
+    def test_settings_that_cannot_be_honoured(self) -> None:
+        for data in (b"", b"moshez", b"moshez\n"):
+            with self.subTest(data):
+                self.assertIsNone(fingerd.parse_setting(data, False))
+                self.assertTrue(fingerd.parse_setting(data, True).problem)
+        requests = [
+            b"POST / HTTP/1.1", b"GET /moshez HTTP/1.0", b"PUT  HTTP/2", b"OPTIONS * HTTP/1.1"
+        ]  # fmt: skip
+        bad = [b"", b"  ", b"a:b", b"a@b", b"/a", b"#a", b"..", b"x" * 65, b"\xe9"]
+        for line in requests + bad:
+            with self.subTest(line):
+                for rest in (b"\nhi\n", b"\r\nhi\r\n"):
+                    setting = fingerd.parse_setting(line + rest, False)
+                    self.assertEqual((bool(setting.problem), setting.text), (True, ""))
+        for data in (b"moshez\n" + b"x" * 1001 + b"\n", b"x" * 8193, b"moshez\n" + b"\0" * 8192):
+            with self.subTest(data[:20]):
+                self.assertIn("long", fingerd.parse_setting(data, False).problem)
+
+    HEADS: ClassVar = [
+        (raw("GET / HTTP/1.1", "Host: h"), {}),
+        (raw("GET / HTTP/1.1", "Host: h", end="\n"), {}),
+        (b"\r\n\n" + raw("GET / HTTP/1.1", "Host: h"), {}),
+        (raw("GET / HTTP/1.9", "HOST:\t h \t"), {}),
+        (raw("GET / HTTP/1.1", "Host:"), {"headers": {"host": ""}}),
+        (raw("GET / HTTP/1.1", "Host: [::1]:80"), {"headers": {"host": "[::1]:80"}}),
+        (raw("HEAD /a%20b?x=1?y HTTP/1.1", "Host: h"),
+         {"method": "HEAD", "path": "/a%20b", "query": "x=1?y"}),
+        (raw("GET http://h:8000/a?b HTTP/1.1", "Host: h"), {"path": "/a", "query": "b"}),
+        (raw("GET HTTP://h HTTP/1.1", "Host: h"), {}),
+        (raw("GET //a HTTP/1.1", "Host: h"), {"path": "//a"}),
+        (raw("GET /zo\xc3\xa9 HTTP/1.1", "Host: h"), {"path": "/zo\xc3\xa9"}),
+        (raw("OPTIONS * HTTP/1.1", "Host: h"), {"method": "OPTIONS", "path": "*"}),
+        (raw("g3t! / HTTP/1.1", "Host: h"), {"method": "g3t!"}),
+        (raw("GET / HTTP/1.0"), {"headers": {}, "http_1_1": False, "keep": False}),
+        (raw("GET / HTTP/1.0", "Connection: Keep-Alive"),
+         {"headers": {"connection": "Keep-Alive"}, "http_1_1": False}),
+        (raw("GET / HTTP/1.1", "Host: h", "Connection: TE, Close"),
+         {"headers": {"host": "h", "connection": "TE, Close"}, "keep": False}),
+        (raw("GET / HTTP/1.1", "Host: h", "Connection: TE", "Connection: close"),
+         {"headers": {"host": "h", "connection": "TE, close"}, "keep": False}),
+        (raw("GET / HTTP/1.1", "Host: h", "Connection: closed"),
+         {"headers": {"host": "h", "connection": "closed"}}),
+        (raw("POST /RPC2 HTTP/1.1", "Host: h", "Content-Length: 065536"),
+         {"method": "POST", "path": "/RPC2", "length": 65536,
+          "headers": {"host": "h", "content-length": "065536"}}),
+        (raw("GET / HTTP/1.1", "Host: h", "Expect: 100-Continue"),
+         {"headers": {"host": "h", "expect": "100-Continue"}}),
+        (raw("GET / HTTP/1.1", "Host: h", "X:", "a: \xe9\tb", "x: 1"),
+         {"headers": {"host": "h", "x": ", 1", "a": "\xe9\tb"}}),
+        (raw("GET /" + "x" * 8178 + " HTTP/1.1", "Host: h"), {"path": "/" + "x" * 8178}),
+    ]  # fmt: skip
+
+    def test_request_heads(self) -> None:
+        plain = {"method": "GET", "path": "/", "headers": {"host": "h"}, "http_1_1": True}
+        for data, more in self.HEADS:
+            with self.subTest(data[:60]):
+                wanted = Head(**{**plain, "keep": True, "size": len(data), **more})
+                self.assertEqual(fingerd.parse_http_head(data, False), wanted)
+                self.assertEqual(fingerd.parse_http_head(data + b"body\n\n", False), wanted)
+                for size in range(0, len(data), 1 if len(data) < 500 else 97):
+                    self.assertIsNone(fingerd.parse_http_head(data[:size], False))
+
+    def test_doubtful_request_heads_are_refused(self) -> None:
+        host, length = "Host: h", "Content-Length: "
+        rows: list[tuple[int, list[str]]] = [
+            *[(400, [line, host]) for line in (
+                "GET /", "GET", "/", "GET  / HTTP/1.1", "GET / HTTP/1.1 ", " GET / HTTP/1.1",
+                "GET /a b HTTP/1.1", "GET\t/ HTTP/1.1", "G(T / HTTP/1.1", "GET / http/1.1",
+                "GET / HTTP/1.10", "GET / HTTP/11", "GET / HTTP/1", "GET / HTTP/+1.1",
+                "GET moshez HTTP/1.1", "GET * HTTP/1.1", "GET ftp://h/ HTTP/1.1",
+                "GET /\x00 HTTP/1.1", "GET /\x7f HTTP/1.1", "GET /\r HTTP/1.1",
+                "GET / HTTP/1.1\r", "G\xe9T / HTTP/1.1")],
+            *[(505, [f"GET / HTTP/{version}", host]) for version in ("0.9", "2.0", "3.1")],
+            *[(400, ["GET / HTTP/1.1", *headers]) for headers in (
+                [], [host, host], [host, "Host: other"], ["Host : h"], ["Host: a b"],
+                ["Host: a, b"], ["Host: a/b"], ["Host: u@h"], [host, "no colon"], [host, ": x"],
+                [host, "a b: c"],
+                [host, "X: a", " folded"], [host, "X: a\rY: b"], [host, "X: a\x00b"],
+                [host, "X: \x1b"], [host, "X: \x7f"], [host, "X\xe9: a"], [host, "X: a\r"],
+                [host, "\tX: a"], [host, "X\t: a"])],
+            *[(400, ["POST / HTTP/1.1", host, *headers]) for headers in (
+                [length + "5", length + "5"], [length + "5", length + "6"], [length + "5, 5"],
+                [length + "+5"], [length + "-5"], [length + "0x5"], [length], [length + "5 5"],
+                [length + "\xb2"], [length + "1_0"], ["Content-Length : 5"])],
+            *[(501, ["POST / HTTP/1.1", host, header]) for header in (
+                "Transfer-Encoding: chunked", "Transfer-Encoding: identity", "transfer-encoding:",
+                "Transfer-Encoding: xchunked")],
+            (501, ["POST / HTTP/1.0", "Transfer-Encoding: chunked"]),
+            (501, ["POST / HTTP/1.1", host, length + "5", "Transfer-Encoding: chunked"]),
+            (413, ["POST / HTTP/1.1", host, length + "65537"]),
+            (413, ["POST / HTTP/1.1", host, length + "9" * 5000]),
+            (417, ["POST / HTTP/1.1", host, "Expect: a miracle"]),
+            (414, ["GET /" + "x" * 8192 + " HTTP/1.1", host]),
+            (431, ["GET / HTTP/1.1", host, "X: " + "x" * 8190]),
+            (431, ["GET / HTTP/1.1", host, *["X: " + "x" * 5000] * 4]),
+        ]  # fmt: skip
+        for status, lines in rows:
+            with self.subTest([line[:60] for line in lines]):
+                self.assertEqual(fingerd.parse_http_head(raw(*lines), False), Head(status))
+
+    def test_a_request_head_without_an_end_is_too_long_in_the_end(self) -> None:
+        start = raw("GET / HTTP/1.1", "Host: h")[:-2]
+        for data, status in ((b"x" * 8193, 414), (start + b"a:b\r\n" * 4000, 431)):
+            self.assertEqual(fingerd.parse_http_head(data, False), Head(status))
+        for endless in (b"\n", b"\r\n", b"\r", b" ", b"\0"):
+            with self.subTest(endless):
+                self.assertIsNotNone(fingerd.parse_http_head(endless * 100_000, False))
+
+    def test_formats_are_chosen_by_query_and_accept(self) -> None:
+        browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"
+        self.table(
+            fingerd.choose_format,
+            [
+                (("", ""), "html"), (("", "*/*"), "html"), (("", browser), "html"),
+                (("", "text/plain"), "text"), (("", "Text/Plain; charset=utf-8"), "text"),
+                (("", "text/*"), "html"), (("", "text/*, text/html;q=0.1"), "text"),
+                (("", "application/json, text/html;q=0.9"), "json"),
+                (("", "application/*;q=0.5, text/plain;q=0.4"), "json"),
+                (("", "application/atom+xml"), "atom"), (("", "text/html;q=0, */*;q=0.1"), "text"),
+                (("", "image/png"), ""), (("", "application/json;q=0"), ""),
+                (("", "nonsense;;q=x,,"), ""), (("format=json", "text/html"), "json"),
+                (("a=b&format=atom", ""), "atom"), (("format=text", "image/png"), "text"),
+                (("format=xml", "text/html"), ""), (("other=json", "text/plain"), "text")
+            ]
+        )  # fmt: skip
+        self.table(
+            fingerd.weigh,
+            [
+                (("text/html;q=0.3", "text/html"), 0.3), (("text/*;q=0.3, */*", "text/html"), 0.3),
+                (("*/*;q=0.1", "text/html"), 0.1), (("image/*", "text/html"), 0.0)
+            ]
+        )  # fmt: skip
+        self.assertLessEqual(fingerd.weigh("text/html;q=1.9", "text/html"), 1)
+
+    def test_a_path_names_a_user(self) -> None:
+        self.table(
+            fingerd.path_user,
+            [
+                ("/moshez", "moshez"), ("/", ""), ("/John%20Doe", "John Doe"), ("/a+b", "a+b"),
+                ("/a/b%2Fc", "a/b/c"), ("/zo%c3%a9", "zo\u00e9"), ("/zo\xc3\xa9", "zo\u00e9"),
+                ("/zo%e9", "zo\ufffd"), ("/a%0d%0aB%00", "aB"), ("/100%", "100%"), ("/%zz", "%zz")
+            ]
+        )  # fmt: skip
+
+    def test_rpc_calls(self) -> None:
+        name = "<methodName>f</methodName>"
+        call = f"<methodCall>{name}%s</methodCall>"
+        param = "<params><param><value>%s</value></param></params>"
+        fault = "<value><struct><member><name>faultCode</name><value><int>1</int></value></member>"
+        fault += "<member><name>faultString</name><value>x</value></member></struct></value>"
+        nested = "<array><data><value>" * 2000 + "</value></data></array>" * 2000
+        accent = (call % param % "\u00e9").encode
+        bad, other = fingerd.PARSE_ERROR, fingerd.INVALID_REQUEST
+        rows: list[tuple[bytes, Any]] = [  # a body, and what it calls or the code of its fault
+            (xmlrpc.client.dumps(("a", 1, [{}]), "f").encode(), ("f", ("a", 1, [{}]))),
+            ((call % "").encode(), ("f", ())), ((call % "<params/>").encode(), ("f", ())),
+            (accent(), ("f", ("\u00e9",))), (accent("utf-16"), ("f", ("\u00e9",))),
+            (
+                b'<?xml version="1.0" encoding="iso-8859-1"?>' + accent("latin-1"),
+                ("f", ("\u00e9",))
+            ),
+            (b"\xef\xbb\xbf<?xml version='1.0'?>" + accent(), ("f", ("\u00e9",))),
+            ((call % param % "<base64>YQ==</base64>").encode(), ("f", (b"a",))), (b"", bad),
+            (b"hello", bad), (b"<methodCall>", bad), (accent("latin-1"), bad),
+            (b"<!DOCTYPE methodCall>" + accent(), bad),
+            (b"<!DOCTYPE a [<!ENTITY b 'c'>]>" + accent(), bad),
+            (b"<?xml version='1.0' encoding='martian'?>" + accent(), bad),
+            ((call % param % "<int>x</int>").encode(), bad),
+            ((call % param % "<base64>a</base64>").encode(), bad),
+            ((call % param % "<boolean>2</boolean>").encode(), bad),
+            (f"<methodResponse>{param % 'x'}</methodResponse>".encode(), other),
+            (f"<methodResponse><fault>{fault}</fault></methodResponse>".encode(), other),
+            (f"<methodCall>{name}<fault>{fault}</fault></methodCall>".encode(), other)
+        ]  # fmt: skip
+        for body, wanted in rows:
+            with self.subTest(body[:80]):
+                got = fingerd.parse_rpc_call(body)
+                if isinstance(wanted, tuple):
+                    self.assertEqual(got, (*wanted, None))
+                else:
+                    self.assertEqual(got[:2], ("", ()))
+                    self.assertEqual(got.fault.faultCode, wanted)
+        for value in (nested, f"<int>{'9' * 60_000}</int>"):  # one or the other, and soon
+            self.assertIsInstance(fingerd.parse_rpc_call((call % param % value).encode()), tuple)
+
+    def test_no_input_makes_a_codec_raise(self) -> None:
+        chance = random.Random(1)
+        words = [
+            b"\r\n", b"\n", b"\0", b"\xff\xfa", b"\xff\xfd", b" ", b":", b"@", b"/W", b"a", b"\xe9"
+        ]  # fmt: skip
+        words += [
+            b"GET / HTTP/1.1", b"Host: h", b"Content-Length: 5", b"%", b"?", b";q=", b",", b"*/*"
+        ]  # fmt: skip
+        words += [
+            b"<methodCall>", b"<params>", b"</params>", b"<value>", b"<int>", b"<fault>", b"\xc3"
+        ]  # fmt: skip
+        for _ in range(2000):
+            data = b"".join(chance.choices(words, k=chance.randrange(12)))
+            text = data.decode("latin-1")
+            for ended in (False, True):
+                fingerd.parse_finger(data, ended)
+                fingerd.parse_setting(data, ended)
+                fingerd.parse_http_head(data, ended)
+            fingerd.parse_users(data.splitlines(True), {})
+            fingerd.parse_rpc_call(data)
+            fingerd.choose_format(text, text)
+            fingerd.path_user("/" + text)
+            fingerd.clean(text)
+
+
+# ---- the store ---------------------------------------------------------------------------------
+
+
+class Store(unittest.TestCase):
+    def setUp(self) -> None:
+        self.store = fingerd.StatusStore()
+        self.load(1000.0, moshez="file", shawn="alive", mute="")
+
+    def load(self, when: float, **texts: str) -> None:
+        self.store.replace_file(texts, when)
+
+    def text(self, user: str = "moshez") -> str | None:
+        status = self.store.get(user)
+        return status.text if status else None
+
+    def users(self) -> list[tuple[str, str]]:
+        return [(user, status.text) for user, status in self.store.snapshot().users()]
+
+    def test_users_are_sorted_and_have_a_status(self) -> None:
+        for user in ("zed", "amy", "mute"):
+            self.store.set(user, "set")
+        names = ["amy", "moshez", "mute", "shawn", "zed"]
+        self.assertEqual([user for user, _ in self.users()], names)
+        self.assertEqual(self.store.snapshot().size(), 5)
+        self.store.set("mute", "")
+        self.assertEqual((self.text("mute"), self.text("nobody")), (None, None))
+        self.assertNotIn("mute", dict(self.users()))
+
+    def test_a_message_survives_an_unchanged_reload(self) -> None:
+        self.store.set("moshez", "mine")
+        self.load(2000.0, moshez="file", shawn="other")
+        self.assertEqual((self.text(), self.text("shawn")), ("mine", "other"))
+
+    def test_an_edit_forgets_the_message(self) -> None:
+        self.store.set("moshez", "mine")
+        self.load(2000.0, moshez="edited")
+        self.assertEqual(self.text(), "edited")
+        self.load(3000.0, moshez="file")
+        self.assertEqual(self.text(), "file")
+
+    def test_an_absent_line_hides_the_message_until_it_is_back(self) -> None:
+        self.store.set("moshez", "mine")
+        self.load(2000.0, shawn="alive")
+        self.assertEqual((self.text(), self.users()), (None, [("shawn", "alive")]))
+        self.load(3000.0, moshez="file")
+        self.assertEqual(self.text(), "mine")
+        self.load(4000.0)
+        self.load(5000.0, moshez="another")
+        self.assertEqual(self.text(), "another")
+
+    def test_a_message_of_somebody_unknown_stands_until_the_file_names_them(self) -> None:
+        self.store.set("guest", "hello")
+        self.load(2000.0, moshez="file")
+        self.assertEqual(self.text("guest"), "hello")
+        self.load(3000.0, moshez="file", guest="")
+        self.assertIsNone(self.text("guest"))
+        self.load(4000.0, moshez="file")
+        self.assertIsNone(self.text("guest"))
+
+    def test_taking_back_shows_the_file_again(self) -> None:
+        for user, then in (("moshez", "file"), ("guest", None), ("mute", None)):
+            self.store.set(user, "mine")
+            self.store.set(user, "")
+            self.assertEqual(self.text(user), then)
+
+    def test_since_is_when_the_text_became_visible(self) -> None:
+        self.assertEqual(self.store.get("moshez"), ("file", 1000.0))
+        self.load(2000.0, moshez="file", shawn="new")
+        self.assertEqual(self.store.get("moshez"), ("file", 1000.0))
+        self.assertEqual(self.store.get("shawn"), ("new", 2000.0))
+        before = time.time()
+        self.store.set("moshez", "mine")
+        since = self.store.get("moshez").since
+        self.assertTrue(before <= since <= time.time())
+        self.load(3000.0, moshez="file")
+        self.assertEqual(self.store.get("moshez"), ("mine", since))
+
+    def test_changes_are_told_oldest_first_and_only_where_something_shows(self) -> None:
+        start = self.store.version
+        self.assertEqual(self.store.changes_after(0), [])  # the first load is no news
+        self.store.set("moshez", "mine")
+        self.store.set("moshez", "mine")
+        middle = self.store.version
+        self.load(2000.0, moshez="file", shawn="new", mute="")
+        self.store.set("moshez", "")
+        self.store.set("nobody", "")
+        changes = self.store.changes_after(start)
+        wanted = [("moshez", "mine"), ("shawn", "new"), ("moshez", "file")]
+        self.assertEqual([(change.user, change.text) for change in changes], wanted)
+        versions = [change.version for change in changes]
+        self.assertEqual(versions, sorted(set(versions)))
+        self.assertEqual([c.user for c in self.store.changes_after(middle)], ["shawn", "moshez"])
+        self.assertEqual(self.store.changes_after(self.store.version), [])
+        for number in range(1000):
+            self.store.set("moshez", str(number))
+        self.assertEqual(len(self.store.changes_after(0)), fingerd.MAX_CHANGES)
+
+    def test_a_snapshot_never_changes(self) -> None:
+        now = self.store.snapshot()
+        self.store.set("moshez", "mine")
+        self.load(2000.0, zed="new")
+        users = [(user, status.text) for user, status in now.users()]
+        self.assertEqual(users, [("moshez", "file"), ("shawn", "alive")])
+
+
+@unittest.skipUnless(importlib.util.find_spec("_sqlite3"), "this Python has no sqlite3")
+class StateFile(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = pathlib.Path(folder.name, "state.db")
+
+    def sql(self, script: str) -> None:
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(str(self.path))) as database:
+            database.executescript(script)
+
+    def refused(self) -> str:
+        with self.assertRaises(fingerd.NotKept) as caught:
+            fingerd.StateFile(self.path)
+        self.assertIn(str(self.path), str(caught.exception))
+        return str(caught.exception)
+
+    def test_messages_are_there_after_a_restart(self) -> None:
+        for _ in range(3):
+            store = fingerd.StatusStore(fingerd.StateFile(self.path))
+            store.replace_file({"moshez": "file", "shawn": "alive"}, 1000.0)
+            seen = [store.get(user) for user in ("moshez", "zo\u00e9", "shawn")]
+            store.set("moshez", "mine", "127.0.0.1")
+            store.set("zo\u00e9", FAMILY)
+            store.set("shawn", "busy")
+            store.set("shawn", "")
+            store.close()
+        self.assertEqual([status.text for status in seen], ["mine", FAMILY, "alive"])
+
+    def test_an_edit_while_we_were_down_is_obeyed(self) -> None:
+        for text in ("file", "edited", "file"):
+            store = fingerd.StatusStore(fingerd.StateFile(self.path))
+            store.replace_file({"moshez": text}, 1000.0)
+            seen = store.get("moshez").text
+            if text != "edited":
+                store.set("moshez", "mine")
+            store.close()
+            self.assertEqual(seen, text)
+
+    def test_what_is_not_ours_is_refused_and_left_alone(self) -> None:
+        self.sql("CREATE TABLE precious (x); INSERT INTO precious VALUES (1)")
+        before = self.path.read_bytes()
+        self.assertIn("not a fingerd state file", self.refused())
+        self.assertEqual(self.path.read_bytes(), before)
+        self.path.write_text("a text that is no database at all\n" * 99)
+        before = self.path.read_bytes()
+        self.refused()
+        self.assertEqual(self.path.read_bytes(), before)
+
+    def test_a_newer_version_is_refused(self) -> None:
+        fingerd.StateFile(self.path).close()
+        self.sql("PRAGMA user_version = 2")
+        self.assertIn("newer", self.refused())
+
+    def test_a_second_opener_is_refused(self) -> None:
+        state = fingerd.StateFile(self.path)
+        self.assertIn("another fingerd", self.refused())
+        state.close()
+        fingerd.StateFile(self.path).close()
+
+
+# ---- the users file ----------------------------------------------------------------------------
+
+
+class Reloading(unittest.TestCase):
+    """In this process, tick by tick."""
+
+    def setUp(self) -> None:
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fingerd-test-"))
+        self.addCleanup(shutil.rmtree, str(self.folder))
+        self.path, self.moment = self.folder / "users", 1_000_000_000
+        self.put("moshez: old\n")
+        self.store = fingerd.StatusStore()
+        self.start(self.path, 3600.0)
+        watch = self.assertLogs("fingerd", "INFO")
+        self.logged = watch.__enter__().output
+        self.addCleanup(watch.__exit__, None, None, None)
+        self.reloader.load()
+
+    def start(self, path: pathlib.Path, interval: float) -> None:
+        self.source = fingerd.FileSource(path)
+        self.reloader = fingerd.Reloader(self.source, self.store, interval)
+
+    def tick(self) -> None:
+        """What the timer does each time."""
+        self.reloader.look()
+
+    def sighup(self) -> None:
+        """What SIGHUP does."""
+        self.reloader.reload()
+
+    def put(self, text: str, age: float | None = None) -> None:
+        """Replace the file by a rename; it is old, so that nobody waits for it to settle."""
+        self.moment += 1
+        new = self.folder / "new"
+        new.write_text(text)
+        when = self.moment if age is None else time.time() - age
+        os.utime(new, (when, when))
+        os.replace(new, self.path)
+
+    def text(self) -> str | None:
+        status = self.store.get("moshez")
+        return status.text if status else None
+
+    def count(self, pattern: str) -> int:
+        return sum(bool(re.search(pattern, line)) for line in self.logged)
+
+    def test_a_rename_over_the_file_is_noticed(self) -> None:
+        self.put("moshez: new\n")
+        self.tick()
+        self.assertEqual(self.text(), "new")
+
+    def test_a_swapped_symlink_is_noticed(self) -> None:
+        for name in ("a", "b"):
+            (self.folder / name).write_text(f"moshez: {name}\n")
+            os.utime(self.folder / name, (1_000_000_000, 1_000_000_000))  # even if equally old
+        link = self.folder / "link"
+        link.symlink_to("a")
+        self.start(link, 3600.0)
+        self.tick()
+        self.assertEqual(self.text(), "a")
+        (self.folder / "new").symlink_to("b")
+        os.replace(self.folder / "new", link)
+        self.tick()
+        self.assertEqual(self.text(), "b")
+
+    def test_an_unchanged_file_is_read_only_when_asked(self) -> None:
+        with mock.patch("fingerd.parse_users", wraps=fingerd.parse_users) as parse:
+            self.tick()
+            self.assertEqual(parse.call_count, 0)
+            self.sighup()
+            self.assertEqual(parse.call_count, 1)
+
+    def test_a_young_file_is_put_off_unless_asked(self) -> None:
+        self.reloader.cancel()  # so that it does not wait for the file
+        with mock.patch("fingerd.SETTLE_SECONDS", 3600.0):
+            self.put("moshez: half", age=0.0)
+            self.tick()
+            self.assertEqual(self.text(), "old")
+            self.sighup()
+            self.assertEqual(self.text(), "half")
+            self.put("moshez: whole\n", age=7200.0)
+            self.tick()
+            self.assertEqual(self.text(), "whole")
+
+    def test_a_lost_file_stays_in_force_and_is_logged_once(self) -> None:
+        for round_ in (1, 2):
+            self.path.unlink()
+            for _ in range(3):
+                self.tick()
+                self.sighup()
+            self.assertEqual((self.text(), self.count("No such file")), ("old", round_))
+            self.put("moshez: old\n")
+            for _ in range(3):
+                self.sighup()
+                self.tick()
+            self.assertEqual(self.count("can be read again"), round_)
+
+    def test_bad_lines_are_logged_once_per_content(self) -> None:
+        self.put("moshez: new\n\noops\na@b: c\n")
+        for _ in range(3):
+            self.tick()
+            self.sighup()
+        self.assertEqual((self.count(r"users:3: \w+"), self.count(r"users:4: \w+")), (1, 1))
+        self.put("moshez: new\noops\n")
+        self.tick()
+        self.assertEqual((self.count("users:2: "), self.count("users:3: ")), (1, 1))
+        self.put("oops\n" * 1000)
+        self.tick()
+        self.assertEqual(self.count("users:100: "), 1)
+        self.assertEqual((self.count("users:101: "), self.count("900 more")), (0, 1))
+
+    def test_what_is_no_file_is_refused_at_once(self) -> None:
+        self.path.unlink()
+        os.mkfifo(self.path)
+        for path in (self.path, self.folder, pathlib.Path("/dev/zero")):
+            with self.subTest(path), self.assertRaisesRegex(fingerd.UsersError, "not a regular"):
+                fingerd.FileSource(path).read({})
+
+    def test_the_blocking_path_is_named(self) -> None:
+        missing = self.folder / "lost" / "found" / "users"
+        with self.assertRaisesRegex(fingerd.UsersError, "/lost: No such file"):
+            fingerd.FileSource(missing).read({})
+
+    def test_the_thread_survives_anything(self) -> None:
+        self.start(self.path, 0.01)
+        self.put("moshez: new\n")
+        with mock.patch.object(self.source, "read", side_effect=RuntimeError("gremlins")):
+            self.reloader.start()
+            until(lambda: self.count("gremlins"))
+        until(lambda: self.text() == "new")
+        self.assertEqual(self.count("gremlins"), 1)
+        self.assertTrue(self.reloader.daemon)
+        self.reloader.cancel()
+        self.reloader.join(DEADLINE)
+        self.assertFalse(self.reloader.is_alive())
+
+
+# ---- the faces: helpers ------------------------------------------------------------------------
+
+
+class Response(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def request(target: str = "/moshez", *headers: str, method: str = "GET", body: bytes = b"",
+            version: str = "1.1") -> bytes:  # fmt: skip
+    """A whole request."""
+    lines = [f"{method} {target} HTTP/{version}", "Host: h", *headers]
+    lines += [f"Content-Length: {len(body)}"] if body else []
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def responses(data: bytes, *methods: str) -> list[Response]:
+    """The responses to requests of these methods (GET where none is named)."""
+    found = []
+    for method in itertools.chain(methods, itertools.repeat("GET")):
+        if not data:
+            return found
+        top, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = top.decode("latin-1").split("\r\n")
+        headers = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines}
+        status = int(first.split(" ")[1])
+        size = 0 if method == "HEAD" or status in (100, 304) else int(headers["content-length"])
+        assert len(headers) == len(lines) and len(data) >= size, data
+        found.append(Response(status, headers, data[:size]))
+        data = data[size:]
+    return found
+
+
+def piecemeal(port: int, data: bytes) -> bytes:
+    """What the server answers to `data` that comes byte by byte."""
+    with socket.create_connection(("127.0.0.1", port), DEADLINE) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in data:
+            sock.sendall(bytes([byte]))
+        sock.shutdown(socket.SHUT_WR)
+        return read_all(sock)
+
+
+class Broken(fingerd.StatusStore):
+    """A store with a fault inside."""
+
+    def snapshot(self) -> Any:
+        raise RuntimeError("secret plan")
+
+    def get(self, user: str) -> Any:
+        raise RuntimeError("secret plan")
+
+    def set(self, user: str, text: str, by: str = "") -> None:
+        raise RuntimeError("secret plan")
+
+
+@contextlib.contextmanager
+def serving(kind: Any, *arguments: Any, seconds: float = DEADLINE) -> Iterator[int]:
+    """A server in this process; its port."""
+    listener = fingerd.listen("finger", fingerd.Address("127.0.0.1", 0))
+    server = kind(listener, *arguments)
+    server.seconds = seconds
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.stop(time.monotonic() + fingerd.STOP_SECONDS)
+        thread.join()
+
+
+ODD = "a/b ?#%&<\"'>\u00e9"
+MANY = f"{USERS}zo\u00e9: caf\u00e9 \u2615 <&>\nJohn Doe: out\nmute:\n{ODD}: <script>&\"'\n"
+
+
+class Served(unittest.TestCase):
+    """Tests that share a running fingerd."""
+
+    options: ClassVar[tuple[str, ...]] = ("--hostname", "finger.example")
+    service: ClassVar[Service]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.service = Service(MANY, *cls.options)
+        cls.addClassCleanup(cls.service.close)
+
+    def get(self, target: str = "/moshez", *headers: str, method: str = "GET", body: bytes = b"",
+            version: str = "1.1") -> Response:  # fmt: skip
+        """The one response to one request."""
+        data = request(target, *headers, method=method, body=body, version=version)
+        (response,) = responses(ask(self.service.port("web"), data), method)
+        return response
+
+    def rpc(self, path: str = "/RPC2") -> Any:
+        """A stock XML-RPC client."""
+        proxy = xmlrpc.client.ServerProxy(f"http://127.0.0.1:{self.service.port('web')}{path}")
+        self.addCleanup(proxy("close"))
+        return proxy
+
+    def fault(self, function: Callable[..., Any], *arguments: Any) -> tuple[int, str]:
+        """The code and the words of the fault that a call ends in."""
+        with self.assertRaises(xmlrpc.client.Fault) as caught:
+            function(*arguments)
+        words = caught.exception.faultString
+        self.assertNotRegex(words, r"Error\b|Exception|Traceback|<|_|\.py|'")
+        return caught.exception.faultCode, words
+
+
+# ---- finger ------------------------------------------------------------------------------------
+
+
+class Finger(Served):
+    def test_answers(self) -> None:
+        happy, nobody = b"Happy and well\r\n", b"No such user\r\n"
+        denied = b"Finger forwarding service denied\r\n"
+        lines = [line + "\r\n" for line in MANY.splitlines() if line != "mute:"]
+        everybody = "".join(sorted(lines)).encode()
+        rows = [
+            *[(b"moshez" + end, happy) for end in (b"\r\n", b"\n", b"\r\0", b"\r\nmore\r\n")],
+            (b" \t moshez \r\n", happy),
+            (b"\xff\xfd\x01\xff\xfa\x18\x00xterm\xff\xf0moshez\r\n", happy),
+            (b"zo\xc3\xa9\r\n", "caf\u00e9 \u2615 <&>\r\n".encode()),
+            (b"John Doe\r\n", b"out\r\n"),
+            (b"nobody\r\n", nobody),
+            (b"mute\r\n", nobody),
+            (b"/W nobody\r\n", nobody),
+            (b"MOSHEZ\r\n", nobody),
+            (b"\r\n", everybody),
+            (b"\n", everybody),
+            (b"@localhost\r\n", everybody),
+            *[(f"moshez@{host}\r\n".encode(), happy) for host in (
+                "localhost", "LocalHost.", "127.0.0.1", "finger.example", socket.gethostname())],
+            *[(f"moshez@{host}\r\n".encode(), denied) for host in (
+                "elsewhere.example", "127.0.0.2", "localhost@elsewhere.example")],
+            (b"@elsewhere.example\r\n", denied),
+            (b"x" * 513 + b"\r\n", b"Query too long\r\n"),
+            (b"x" * 50_000, b"Query too long\r\n"),
+        ]  # fmt: skip
+        port = self.service.port("finger")
+        for query, answer in rows:
+            with self.subTest(query[:60]):
+                self.assertEqual(ask(port, query), answer)
+                self.assertEqual(ask(port, query, half_close=False), answer)
+                if len(query) < 100 and not query.endswith(b"more\r\n"):
+                    self.assertEqual(piecemeal(port, query), answer)
+        for query, answer in ((b"", everybody), (b"moshez", happy), (b"moshez\r", happy)):
+            with self.subTest(query):
+                self.assertEqual(ask(port, query), answer)
+
+    def test_the_longer_answer(self) -> None:
+        wanted = r"Login: moshez\r\nStatus: Happy and well\r\n"
+        wanted += r"Since: 20\d\d-\d\d-\d\d \d\d:\d\d UTC\r\n"
+        for query in ("/W moshez", "/w moshez", "moshez /W", "moshez /w", "/W moshez@localhost"):
+            self.assertRegex(self.service.finger(query), rf"\A{wanted}\Z", query)
+        lines = self.service.finger("/W").split("\r\n")
+        plain = self.service.finger("").split("\r\n")
+        self.assertEqual(len(lines), len(plain))
+        for line, short in zip(lines[:-1], plain):
+            self.assertTrue(line.startswith(short), line)
+            self.assertRegex(line, r"20\d\d-\d\d-\d\d \d\d:\d\d UTC")
+
+    def test_a_long_listing_says_how_many_are_left_out(self) -> None:
+        store, total = fingerd.StatusStore(), 3000
+        store.replace_file({f"user{number:04}": "\u2615" * 20 for number in range(total)}, 0.0)
+        with serving(fingerd.FingerServer, store, fingerd.Policy()) as port:
+            for query in (b"\n", b"/W\n"):
+                answer = ask(port, query)
+                lines = answer.decode().split("\r\n")
+                self.assertLess(len(answer), 100_000)
+                self.assertGreater(len(answer), 99_000)
+                self.assertEqual(lines[-2:], [f"... and {total - len(lines) + 2} more", ""])
+
+    def test_a_fault_inside_leaks_nothing(self) -> None:
+        broken = serving(fingerd.FingerServer, Broken(), fingerd.Policy())
+        with self.assertLogs("fingerd", "ERROR") as logged, broken as port:
+            for query in (b"moshez\n", b"\n", b"/W\n"):
+                self.assertEqual(ask(port, query), b"Internal error in server\r\n")
+        self.assertIn("secret plan", logged.output[0])
+
+    def test_an_unfinished_query_ends_with_its_time(self) -> None:
+        store = fingerd.StatusStore()
+        with serving(fingerd.FingerServer, store, fingerd.Policy(), seconds=0.2) as port:
+            self.assertEqual(ask(port, b"mosh", half_close=False), b"")
+
+
+# ---- setter ------------------------------------------------------------------------------------
+
+
+class Setter(Served):
+    options = ("-v", "--interval", "3600")
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        os.utime(cls.service.users, (1, 1))
+
+    def tearDown(self) -> None:
+        for user in ("moshez", "shawn", "guest"):
+            self.service.set(user, "")
+
+    def test_a_message_shows_on_every_face_at_once(self) -> None:
+        rows = [
+            (b"moshez\nGiving a tutorial now, sorry!\n", "Giving a tutorial now, sorry!"),
+            (b" moshez\r\n two\twords \r\n", "two words"),
+            (b"moshez\nlast\nshawn\nignored\n", "last"),
+            ("moshez\n<b> & \u2615\n".encode(), "<b> & \u2615"), (b"moshez\n\n", "Happy and well")
+        ]  # fmt: skip
+        port = self.service.port("setter")
+        for send in (lambda data: ask(port, data), lambda data: ask(port, data, half_close=False),
+                     lambda data: piecemeal(port, data)):  # fmt: skip
+            for data, text in rows:
+                with self.subTest(data):
+                    self.assertEqual(send(data), b"OK\r\n")
+                    self.assertEqual(self.service.finger("moshez"), text + "\r\n")
+                    self.assertEqual(self.rpc().getUser("moshez"), text)
+                    self.assertEqual(self.get("/moshez?format=text").body.decode(), text + "\n")
+                    self.assertIn(f"<p>{html.escape(text)}</p>", self.get().body.decode())
+        self.assertEqual(self.service.finger("shawn"), "alive\r\n")
+
+    def test_a_half_close_ends_the_second_line(self) -> None:
+        self.assertEqual(ask(self.service.port("setter"), b"guest\nhello"), b"OK\r\n")
+        self.assertEqual(self.service.finger("guest"), "hello\r\n")
+        self.assertIn("guest: hello\r\n", self.service.finger(""))
+
+    def test_what_cannot_be_honoured_changes_nothing(self) -> None:
+        self.service.set("moshez", "before")
+        everybody = self.service.finger("")
+        rows = [
+            b"", b"\n", b"moshez", b"moshez\n", b"moshez\r\n", b"\nhi\n", b"a:b\nhi\n", b"#\nhi\n"
+        ]  # fmt: skip
+        rows += [
+            b"x" * 65 + b"\nhi\n", b"\xe9\nhi\n", b"moshez\n" + b"x" * 1001 + b"\n", b"x" * 9000
+        ]  # fmt: skip
+        rows += [
+            request("/moshez", method="POST", body=b"moshez\nhi\n"), b"moshez\n" + b"x" * 50_000
+        ]  # fmt: skip
+        for data in rows:
+            with self.subTest(data[:60]):
+                answer = ask(self.service.port("setter"), data)
+                self.assertRegex(answer, rb"\AERROR [a-zA-Z0-9 ',:/#@.-]+\r\n\Z")
+        self.assertEqual(self.service.finger(""), everybody)
+
+    def test_a_reset_sets_nothing(self) -> None:
+        with socket.create_connection(("127.0.0.1", self.service.port("setter")), DEADLINE) as sock:
+            sock.sendall(b"moshez\nnot done")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.service.wait_for("setter: .*reset")
+        self.assertEqual(self.service.finger("moshez"), "Happy and well\r\n")
+
+    def test_nothing_is_set_when_the_time_is_up(self) -> None:
+        store = fingerd.StatusStore()
+        with serving(fingerd.SetterServer, store, lambda: None, seconds=0.2) as port:
+            self.assertEqual(ask(port, b"moshez\nnot done", half_close=False), b"")
+        self.assertIsNone(store.get("moshez"))
+
+    def test_a_fault_inside_leaks_nothing(self) -> None:
+        broken = serving(fingerd.SetterServer, Broken(), lambda: None)
+        with self.assertLogs("fingerd", "ERROR"), broken as port:
+            self.assertEqual(ask(port, b"a\nb\n"), b"ERROR Internal error in server\r\n")
+
+    def test_the_file_is_looked_at_before_a_message_is_set(self) -> None:
+        self.addCleanup(self.reload, MANY)
+        self.write("moshez: edited\n")
+        self.assertEqual(self.service.set("moshez", "mine"), "OK\r\n")
+        self.assertEqual(self.service.finger("shawn"), "No such user\r\n")
+        self.service.process.send_signal(signal.SIGHUP)
+        self.assertEqual(self.service.finger("moshez"), "mine\r\n")
+        self.reload("moshez: later\n")
+        self.assertEqual(self.service.finger("moshez"), "later\r\n")
+
+    def write(self, text: str) -> None:
+        """Replace the users file by one that nobody waits for, since it is old."""
+        new = self.service.folder / "users.old"
+        new.write_text(text, encoding="utf-8")
+        os.utime(new, ns=(time.monotonic_ns(),) * 2)
+        os.replace(new, self.service.users)
+
+    def reload(self, text: str) -> None:
+        """Let the file say `text`, and wait until that is seen."""
+        mark = str(time.monotonic_ns())
+        self.write(f"{text}reloaded: {mark}\n")
+        self.service.process.send_signal(signal.SIGHUP)
+        until(lambda: self.service.finger("reloaded") == mark + "\r\n")
+
+    def test_sighup_reads_the_file_at_once(self) -> None:
+        self.addCleanup(self.reload, MANY)
+        self.service.set("shawn", "kept")
+        self.reload("moshez: now\nshawn: alive\n")
+        self.assertEqual(self.service.finger("moshez"), "now\r\n")
+        self.assertEqual(self.service.finger("shawn"), "kept\r\n")
+
+    def test_a_strangers_words_are_escaped_in_the_log(self) -> None:
+        service = self.service
+        evil = "ev\x1b[2Jil\u202e\u2028\x9b\u00e9\r".encode()
+        ask(service.port("finger"), evil + b"\n")
+        ask(service.port("setter"), evil + b"\n" + evil + b"\n")
+        ask(
+            service.port("web"),
+            request("/" + evil.decode("latin-1").translate({13: None, 27: None})),
+        )
+        ask(service.port("web"), request("/ev%1b%0ail"))
+        for pattern in ("finger: .*ev", "setter: .*ev", "web: .*ev.*404", "web: .*%1b"):
+            service.wait_for(pattern)
+        self.assertEqual([line for line in service.log if not line.isascii()], [])
+        self.assertEqual([line for line in service.log if not line.isprintable()], [])
+
+
+# ---- web ---------------------------------------------------------------------------------------
+
+
+class Links(html.parser.HTMLParser):
+    """The links of a page; fails on tags that do not match."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__()
+        self.hrefs: list[str] = []
+        self.times: list[str] = []
+        self._open: list[str] = []
+        self.feed(page.decode())
+        assert not self._open, self._open
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        if tag not in ("meta", "link"):
+            self._open.append(tag)
+        if tag == "a":
+            self.hrefs.append(dict(attributes)["href"])
+        elif tag == "time":
+            self.times.append(dict(attributes)["datetime"])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, tag
+
+
+ISO = r"\A20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z"
+
+
+class Web(Served):
+    def test_a_users_page(self) -> None:
+        names = dict.fromkeys(("zo%C3%A9", "zo\u00e9"), "caf\u00e9 \u2615 <&>")
+        names.update({"moshez": "Happy and well"})
+        names.update(
+            {"John%20Doe": "out", "a%2Fb%20%3F%23%25%26%3C%22%27%3E%C3%A9": "<script>&\"'"}
+        )
+        for path, text in names.items():
+            with self.subTest(path):
+                page = self.get("/" + path)
+                user = html.escape(urllib.parse.unquote(path))
+                wanted = f"<h1>{user}</h1><p>{html.escape(text)}</p>"
+                self.assertEqual(page.status, 200)
+                self.assertIn(wanted, page.body.decode())
+                (since,) = Links(page.body).times
+                self.assertRegex(since, ISO)
+                self.assertTrue(page.body.startswith(b"<!DOCTYPE html>"))
+        headers = self.get().headers
+        self.assertEqual(headers["content-type"], "text/html; charset=utf-8")
+        self.assertEqual(headers["cache-control"], "no-cache")
+        self.assertEqual(headers["x-content-type-options"], "nosniff")
+        self.assertIn("default-src 'none'", headers["content-security-policy"])
+        self.assertRegex(headers["date"], r"\A\w{3}, \d\d \w{3} 20\d\d \d\d:\d\d:\d\d GMT\Z")
+        self.assertEqual(headers["vary"], "Accept")
+
+    def test_an_unknown_users_page_escapes_the_name(self) -> None:
+        for path, user in (("nobody", "nobody"), ("mute", "mute"), ("a%0d%0aX-Evil:1", "aX-Evil:1"),
+                           ("%3Cb%3E%22", "&lt;b&gt;&quot;")):  # fmt: skip
+            page = self.get("/" + path)
+            self.assertEqual(page.status, 404)
+            self.assertIn(f"<h1>{user}</h1><p>No such user</p>", page.body.decode())
+            self.assertNotIn("x-evil", page.headers)
+
+    def test_the_list_links_to_everybody(self) -> None:
+        page = self.get("/")
+        self.assertEqual(page.status, 200)
+        self.assertIn("usage: site/user", page.body.decode())
+        links = Links(page.body)
+        self.assertEqual(len(links.times), 5)
+        found = set()
+        for href in links.hrefs:
+            self.assertTrue(href.startswith("/"), href)
+            linked = self.get(href)
+            self.assertEqual(linked.status, 200, href)
+            found.update(re.findall("<h1>(.*)</h1>", linked.body.decode()))
+        users = {"moshez", "shawn", "zo\u00e9", "John Doe", html.escape(ODD)}
+        self.assertEqual(found & users, users)
+        self.assertNotIn("mute", page.body.decode())
+        self.assertIn("<footer>", self.get().body.decode())
+
+    def test_the_pages_need_no_script_and_ask_for_nothing(self) -> None:
+        for target in ("/", "/moshez", "/nobody"):
+            page = self.get(target).body.decode()
+            for part in ('http-equiv="refresh"', 'rel="icon" href="data:,"', 'name="viewport"',
+                         "color-scheme: light dark", "<title>", 'lang="en"'):  # fmt: skip
+                self.assertIn(part, page, target)
+            self.assertNotRegex(page, r"<script|<img|src=|javascript:|https?://")
+
+    def test_a_connection_is_kept_or_closed(self) -> None:
+        close, keep = "Connection: close", "Connection: keep-alive"
+        call = xmlrpc.client.dumps(("moshez",), "getUser").encode()
+        rows: list[tuple[int, bool, bytes]] = [  # status, whether the connection stays, request
+            (200, True, request()), (404, True, request("/nobody")),
+            (200, True, request("/", method="POST", body=call)),
+            (200, True, request("/RPC2", method="POST", body=call)),
+            (405, True, request("/moshez", method="POST", body=call)),
+            (405, True, request(method="PUT", body=b"x" * 65536)),
+            (405, True, request("*", method="OPTIONS")), (501, True, request(method="BREW")),
+            (501, True, request(method="get")), (406, True, request("/", "Accept: image/png")),
+            (415, True, request("/RPC2", "Content-Encoding: gzip", method="POST", body=call)),
+            (200, True, request(body=b"GET /smuggled HTTP/1.1\r\n\r\n")),
+            (200, True, request("http://elsewhere/moshez")), (200, True, b"\r\n\r\n" + request()),
+            (200, False, request("/moshez", close)),
+            (200, False, request("/moshez", "Connection: TE, Close")),
+            (200, False, request(version="1.0")),
+            (200, True, request("/moshez", keep, version="1.0")),
+            (400, False, b"GET /moshez\r\n\r\n"), (400, False, b"GET / HTTP/1.1\r\n\r\n"),
+            (400, False, request("/moshez", "Host: h")), (400, False, request("/moshez", "X : y")),
+            (400, False, request("/moshez", "Content-Length: +5")),
+            (400, False, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n"),
+            (505, False, request(version="2.0")),
+            (501, False, request("/", "Transfer-Encoding: chunked", method="POST") + b"0\r\n\r\n"),
+            (413, False, request("/", "Content-Length: 65537", method="POST") + b"x" * 99),
+            (414, False, request("/" + "x" * 9000)), (431, False, request("/", "X: " + "x" * 9000)),
+            (417, False, request("/", "Expect: miracles", method="POST", body=b"x"))
+        ]  # fmt: skip
+        for status, kept, data in rows:
+            with self.subTest(data[:80]):
+                probe = request("/shawn?format=text", close)
+                answer = ask(self.service.port("web"), data + probe)
+                first, *others = responses(answer)
+                self.assertEqual(first.status, status)
+                bodies = [(other.status, other.body) for other in others]
+                self.assertEqual(bodies, [(200, b"alive\n")] if kept else [])
+                if not kept and b"HTTP/1.0" not in data:
+                    self.assertEqual(first.headers.get("connection"), "close")
+                if b"keep-alive" in data:
+                    self.assertEqual(first.headers.get("connection"), "keep-alive")
+                if status == 405:
+                    self.assertRegex(first.headers["allow"], r"\AGET, HEAD(, POST)?\Z")
+                self.assertNotRegex(first.body, rb"xxxx|BREW|image/png|smuggled")
+
+    def test_pipelined_and_piecemeal_requests(self) -> None:
+        data = b"".join(map(request, ("/moshez?format=text", "/shawn?format=text") * 20))
+        bodies = [one.body for one in responses(ask(self.service.port("web"), data))]
+        self.assertEqual(bodies, [b"Happy and well\n", b"alive\n"] * 20)
+        (answer,) = responses(piecemeal(self.service.port("web"), request("/shawn?format=text")))
+        self.assertEqual(answer.body, b"alive\n")
+
+    def test_a_stock_client_reuses_its_connection(self) -> None:
+        client = http.client.HTTPConnection("127.0.0.1", self.service.port("web"), DEADLINE)
+        with contextlib.closing(client):
+            for method, target, body in (("GET", "/moshez", None), ("HEAD", "/", None),
+                                         ("GET", "/nobody", None), ("PUT", "/moshez", "x" * 9),
+                                         ("GET", "/?format=json", None)) * 2:  # fmt: skip
+                client.request(method, target, body)
+                sock = client.sock
+                client.getresponse().read()
+                self.assertIs(client.sock, sock)
+
+    def test_head_is_get_without_the_body(self) -> None:
+        for target in ("/", "/moshez", "/nobody", "/?format=json", "/?format=xml"):
+            got, head = self.get(target), self.get(target, method="HEAD")
+            for response in (got, head):
+                response.headers.pop("date")
+                response.headers.pop("last-modified", None)  # comes a second after the change
+            self.assertEqual((head.status, head.headers), (got.status, got.headers), target)
+            self.assertEqual(int(head.headers["content-length"]), len(got.body))
+
+    def test_a_body_is_asked_for(self) -> None:
+        data = request("/RPC2", "Expect: 100-continue", method="POST",
+                       body=xmlrpc.client.dumps(("moshez",), "getUser").encode())  # fmt: skip
+        top, _, body = data.partition(b"\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", self.service.port("web")), DEADLINE) as sock:
+            sock.sendall(top + b"\r\n\r\n")
+            self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+            sock.sendall(body)
+            sock.shutdown(socket.SHUT_WR)
+            (answer,) = responses(read_all(sock))
+        self.assertIn(b"Happy and well", answer.body)
+
+    def test_what_is_known_is_not_sent_again(self) -> None:
+        for target in ("/", "/moshez", *(f"/moshez?format={name}" for name in fingerd.FORMATS)):
+            dated = until(lambda t=target: "last-modified" in self.get(t).headers and self.get(t))
+            etag, modified = dated.headers["etag"], dated.headers["last-modified"]
+            for condition in (f"If-None-Match: {etag}", f'If-None-Match: "x", W/{etag}',
+                              "If-None-Match: *", f"If-Modified-Since: {modified}"):  # fmt: skip
+                for method in ("GET", "HEAD"):
+                    known = self.get(target, condition, method=method)
+                    self.assertEqual((known.status, known.body), (304, b""), condition)
+                    self.assertEqual(known.headers["etag"], etag)
+            for condition in ('If-None-Match: "x"', "If-Modified-Since: yesterday",
+                              f'If-None-Match: "x"\r\nIf-Modified-Since: {modified}'):  # fmt: skip
+                self.assertEqual(self.get(target, condition).body, dated.body, condition)
+
+    def test_each_format_has_its_own_etag(self) -> None:
+        for path in ("/", "/moshez"):
+            pages = [self.get(f"{path}?format={name}") for name in fingerd.FORMATS]
+            self.assertEqual([page.status for page in pages], [200] * 4)
+            self.assertEqual([page.headers["vary"] for page in pages], ["Accept"] * 4)
+            self.assertEqual(len({page.headers["etag"] for page in pages}), 4)
+            types = [page.headers["content-type"].split(";")[0] for page in pages]
+            self.assertEqual(types, list(fingerd.FORMATS.values()))
+            for media_type, page in zip(types, pages):
+                self.assertEqual(self.get(path, f"Accept: {media_type}").body, page.body)
+
+    def test_text(self) -> None:
+        self.assertEqual(self.get("/moshez?format=text").body, b"Happy and well\n")
+        self.assertEqual(self.get("/nobody?format=text").status, 404)
+        users = fingerd.parse_users(self.get("/?format=text").body.splitlines(True), {})
+        wanted = fingerd.parse_users(MANY.encode().splitlines(True), {}).texts
+        del wanted["mute"]
+        self.assertEqual((users.texts, users.bad_lines), (wanted, 0))
+        self.assertEqual(list(users.texts), sorted(wanted))
+
+    def test_json(self) -> None:
+        one = json.loads(self.get("/moshez?format=json").body)
+        self.assertEqual((one["user"], one["status"]), ("moshez", "Happy and well"))
+        self.assertEqual(set(one), {"user", "status", "since"})
+        self.assertRegex(one["since"], ISO)
+        everybody = json.loads(self.get("/?format=json").body)
+        self.assertEqual([item["user"] for item in everybody], sorted(i["user"] for i in everybody))
+        self.assertIn(one, everybody)
+        self.assertEqual(len(everybody), 5)
+        missing = self.get("/nobody?format=json")
+        self.assertEqual((missing.status, json.loads(missing.body)["user"]), (404, "nobody"))
+
+    def feed(self, target: str, host: str = "h") -> Any:
+        """The feed as an element, without its namespace, checked for what RFC 4287 demands."""
+        data = request(target).replace(b"Host: h\r\n", f"Host: {host}\r\n".encode())
+        (answer,) = responses(ask(self.service.port("web"), data))
+        self.assertIn("private", answer.headers["cache-control"])
+        feed = xml.etree.ElementTree.fromstring(answer.body)
+        for element in feed.iter():
+            space, _, element.tag = element.tag.rpartition("}")
+            self.assertEqual(space, "{http://www.w3.org/2005/Atom")
+        for part in [feed, *feed.findall("entry")]:
+            self.assertRegex(part.findtext("updated"), ISO)
+            self.assertRegex(part.findtext("id"), r"\A[a-z]+:")
+            self.assertTrue(part.findtext("title"))
+            self.assertTrue(part.findtext("author/name"))
+            self.assertTrue(part.find("link").get("href").startswith(f"http://{host}/"))
+        return feed
+
+    def test_atom(self) -> None:
+        feed = self.feed("/?format=atom", "other.example:81")
+        entries = {e.findtext("author/name"): e.findtext("content") for e in feed.findall("entry")}
+        self.assertEqual(len(entries), 5)
+        self.assertEqual(entries[ODD], "<script>&\"'")
+        updated = [entry.findtext("updated") for entry in feed.findall("entry")]
+        self.assertEqual(updated, sorted(updated, reverse=True))
+        self.assertEqual(feed.findtext("updated"), updated[0])
+        (entry,) = self.feed("/moshez?format=atom").findall("entry")
+        self.assertEqual(entry.findtext("content"), "Happy and well")
+        ids = [item.findtext("id") for item in feed.findall("entry")]
+        self.assertIn(entry.findtext("id"), ids)
+        self.assertEqual(len({feed.findtext("id"), *ids}), 6)
+        page = self.get().body.decode()
+        self.assertRegex(page, r'<link rel="alternate" type="application/atom\+xml" href="[^"]+"')
+
+    def test_a_feeds_ids_are_stable(self) -> None:
+        def ids() -> dict[str, str]:
+            entries = self.feed("/?format=atom").findall("entry")
+            return {e.findtext("author/name"): e.findtext("id") for e in entries}
+
+        before = ids()
+        self.addCleanup(self.service.set, "shawn", "")
+        self.service.set("shawn", "changed")
+        changed = {user for user, name in ids().items() if name != before[user]}
+        self.assertEqual(changed, {"shawn"})
+
+    def test_long_lists_end_with_how_many_are_left_out(self) -> None:
+        store = fingerd.StatusStore()
+        store.replace_file({f"user{number:05}": "hi" for number in range(10_001)}, 1000.0)
+        with serving(fingerd.WebServer, store, fingerd.Policy()) as port:
+            (page,) = responses(ask(port, request("/")))
+            (text,) = responses(ask(port, request("/?format=text")))
+            (listed,) = responses(ask(port, request("/?format=json")))
+            (feed,) = responses(ask(port, request("/?format=atom")))
+            proxy = xmlrpc.client.ServerProxy(f"http://127.0.0.1:{port}")
+            self.addCleanup(proxy("close"))
+            self.assertEqual(len(proxy.listUsers()), 10_000)
+        self.assertEqual(len(Links(page.body).times), 1000)
+        self.assertIn("... and 9001 more", page.body.decode())
+        self.assertEqual(text.body.count(b"\n"), 10_001)
+        self.assertEqual(len(json.loads(listed.body)), 10_001)
+        self.assertEqual(feed.body.count(b"<entry>"), 50)
+
+    def test_a_fault_inside_leaks_nothing(self) -> None:
+        call = xmlrpc.client.dumps(("moshez",), "getUser").encode()
+        broken = serving(fingerd.WebServer, Broken(), fingerd.Policy())
+        with self.assertLogs("fingerd", "ERROR") as logged, broken as port:
+            (page,) = responses(ask(port, request()))
+            (answer,) = responses(ask(port, request("/RPC2", method="POST", body=call)))
+        self.assertEqual((page.status, answer.status), (500, 200))
+        with self.assertRaises(xmlrpc.client.Fault) as caught:
+            xmlrpc.client.loads(answer.body)
+        self.assertEqual(caught.exception.faultString, "Internal error in server")
+        self.assertEqual(caught.exception.faultCode, fingerd.FAULT_INSIDE)
+        self.assertNotRegex(page.body + answer.body, rb"secret|RuntimeError|Traceback")
+        self.assertEqual(sum("secret plan" in line for line in logged.output), 2)
+
+
+class Private(Served):
+    options = ("--private", "--public-url", "https://www.example/s")
+
+    def test_nobody_is_told_who_is_there(self) -> None:
+        for query in ("", "/W", "@localhost"):
+            self.assertEqual(self.service.finger(query), "Finger online user list denied\r\n")
+        page = self.get("/")
+        self.assertEqual(page.status, 200)
+        self.assertIn(b"usage: site/user", page.body)
+        self.assertNotIn(b"moshez", page.body)
+        for name in ("text", "json", "atom"):
+            page = self.get(f"/?format={name}")
+            self.assertEqual(page.status, 403)
+            self.assertRegex(page.body, b"private")
+            self.assertNotIn(b"moshez", page.body)
+        self.assertEqual(self.fault(self.rpc().listUsers)[1], "Finger online user list denied")
+
+    def test_whoever_knows_a_name_is_told(self) -> None:
+        self.assertEqual(self.service.finger("moshez"), "Happy and well\r\n")
+        self.assertEqual(self.service.finger("nobody"), "No such user\r\n")
+        self.assertEqual(self.rpc().getUser("moshez"), "Happy and well")
+        for name in fingerd.FORMATS:
+            self.assertEqual(self.get(f"/moshez?format={name}").status, 200)
+
+    def test_absolute_links_lead_to_the_public_url(self) -> None:
+        feed = self.get("/moshez?format=atom")
+        hrefs = re.findall(r'href="(.*?)"', feed.body.decode())
+        self.assertTrue(hrefs)
+        self.assertEqual([h for h in hrefs if not h.startswith("https://www.example/s/moshez")], [])
+
+
+# ---- XML-RPC -----------------------------------------------------------------------------------
+
+
+class XmlRpc(Served):
+    def test_a_stock_client(self) -> None:
+        proxy = self.rpc()
+        self.assertEqual(proxy.getUser("moshez"), "Happy and well")
+        self.assertEqual(proxy.getUser("zo\u00e9"), "caf\u00e9 \u2615 <&>")
+        self.assertEqual(proxy.getUser("nobody"), "No such user")
+        self.assertEqual(proxy.getUser("mute"), "No such user")
+        everybody = [line.split(": ") for line in MANY.splitlines() if line != "mute:"]
+        self.assertEqual(proxy.listUsers(), dict(everybody))
+        methods = ["getUser", "listUsers", *(f"system.{name}" for name in (
+            "listMethods", "methodHelp", "methodSignature", "multicall"))]  # fmt: skip
+        self.assertEqual(sorted(proxy.system.listMethods()), methods)
+        self.assertEqual(proxy.system.methodSignature("getUser"), [["string", "string"]])
+        self.assertEqual(proxy.system.methodSignature("listUsers"), [["struct"]])
+        for method in methods:
+            self.assertGreater(len(proxy.system.methodHelp(method)), 10)
+        self.assertEqual(self.rpc("/").getUser("moshez"), "Happy and well")
+
+    def test_faults_say_what_the_caller_did_wrong(self) -> None:
+        proxy = self.rpc()
+        no_method, bad_params = -32601, -32602
+        for code, method, arguments in [
+            *[(no_method, name, ("moshez",)) for name in (
+                "nothing", "get_user", "_dispatch", "getUser.__class__", "system.nothing",
+                "_get_user", "system", "system.multicall.x")],
+            *[(bad_params, "getUser", arguments) for arguments in (
+                (), ("a", "b"), (1,), (["a"],), ({"a": 1},), (True,), (b"a",))],
+            (bad_params, "listUsers", (1,)),
+            (bad_params, "system.listMethods", (1,)),
+            (bad_params, "system.methodHelp", ()),
+            (bad_params, "system.methodSignature", (1,)),
+            (bad_params, "system.multicall", ("x",)),
+            (bad_params, "system.multicall", ([], [])),
+            (no_method, "system.methodHelp", ("nothing",)),
+            (no_method, "system.methodSignature", ("nothing",)),
+        ]:  # fmt: skip
+            with self.subTest(method, arguments=arguments):
+                self.assertEqual(self.fault(getattr(proxy, method), *arguments)[0], code)
+
+    def test_multicalls(self) -> None:
+        proxy = self.rpc()
+        calls = xmlrpc.client.MultiCall(proxy)
+        for _ in range(50):
+            calls.getUser("moshez")
+            calls.getUser("nobody")
+        self.assertEqual(list(calls()), ["Happy and well", "No such user"] * 50)
+        call = {"methodName": "getUser", "params": ["shawn"]}
+        self.fault(proxy.system.multicall, [call] * 101)
+        self.assertEqual(proxy.system.multicall([]), [])
+        bad = [
+            {"methodName": "system.multicall", "params": [[call]]},
+            {"methodName": "listUsers", "params": []}, {"methodName": "nothing", "params": []},
+            {"methodName": "getUser", "params": "shawn"}, {"methodName": "getUser", "params": []},
+            {"methodName": 5, "params": []}, {"params": []}, {}, "getUser", 5
+        ]  # fmt: skip
+        *faults, good = proxy.system.multicall([*bad, call])
+        self.assertEqual(good, ["alive"])
+        for fault in faults:
+            self.assertEqual(set(fault), {"faultCode", "faultString"})
+            self.assertNotRegex(fault["faultString"], r"Error|'|<|_")
+
+    def post(self, data: bytes) -> Any:
+        """The value, or the fault's code, in the one response to `data`."""
+        (answer,) = responses(ask(self.service.port("web"), data))
+        self.assertEqual((answer.status, answer.headers["content-type"][:8]), (200, "text/xml"))
+        try:
+            return xmlrpc.client.loads(answer.body)[0][0]
+        except xmlrpc.client.Fault as fault:
+            return fault.faultCode
+
+    def test_what_other_clients_send(self) -> None:
+        call = xmlrpc.client.dumps(("zo\u00e9",), "getUser")
+        latin = b'<?xml version="1.0" encoding="iso-8859-1"?>' + call.encode("latin-1")[22:]
+        bare = f"POST / HTTP/1.0\r\nContent-Length: {len(latin)}\r\n\r\n".encode() + latin
+        big = call.encode() + b" " * (65536 - len(call.encode()))
+        bomb = b'<!DOCTYPE a [<!ENTITY b "c">]>' + call.encode()[22:]
+        found = "caf\u00e9 \u2615 <&>"
+        for wanted, data in (
+            (found, bare),
+            (found, request("/RPC2", "Content-Type: text/plain", method="POST", body=latin)),
+            (found, request("/RPC2", method="POST", body=big)),
+            (-32700, request("/RPC2", method="POST", body=bomb)),
+            (-32700, request("/RPC2", method="POST", body=b"<methodCall>")),
+            (-32700, request("/RPC2", method="POST")),
+        ):
+            with self.subTest(data[:60]):
+                self.assertEqual(self.post(data), wanted)
+        response = xmlrpc.client.dumps(xmlrpc.client.Fault(99, "mine"), methodresponse=True)
+        self.assertNotEqual(self.post(request("/", method="POST", body=response.encode())), 99)
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+def run(*arguments: str, **more: Any) -> tuple[int, list[str], list[str]]:
+    """The exit status of a fingerd that ends by itself, and the lines of its two outputs."""
+    command = [sys.executable, str(FINGERD), *arguments]
+    done = subprocess.run(command, capture_output=True, timeout=DEADLINE, **more)
+    return done.returncode, done.stdout.decode().splitlines(), done.stderr.decode().splitlines()
+
+
+class CommandLine(ServiceCase):
+    def users(self, text: str) -> str:
+        folder = tempfile.mkdtemp(prefix="fingerd-test-")
+        self.addCleanup(shutil.rmtree, folder)
+        path = pathlib.Path(folder, "users")
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    def test_check(self) -> None:
+        self.assertEqual(run("--check", self.users(USERS)), (0, [], []))
+        path = self.users("oops\n# c\na@b: c\nmoshez: hi\n")
+        status, out, err = run("--check", path)
+        self.assertEqual((status, err, len(out)), (1, [], 2))
+        self.assertRegex(out[0], rf"\A{path}:1: \w+")
+        self.assertRegex(out[1], rf"\A{path}:3: \w+")
+
+    def test_the_example_is_good(self) -> None:
+        self.assertEqual(run("--check", str(FINGERD.parent / "users.example")), (0, [], []))
+
+    def test_version_help_and_wrong_options(self) -> None:
+        self.assertRegex(run("--version")[1][0], r"\Afingerd [0-9.]+\Z")
+        status, out, _ = run("--help")
+        self.assertEqual(status, 0)
+        for word in ("--finger", "--setter", "--web", "--interval", "--private", "--hostname",
+                     "--check", "--version", "--verbose", "exit status", "examples"):  # fmt: skip
+            self.assertIn(word, "\n".join(out))
+        for wrong in ("", "--finger x:y:z u", "--web 65536 u", "--nothing u", "--interval 0 u",
+                      "--interval nan u", "--public-url ftp://x u", "u u"):  # fmt: skip
+            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()):
+                fingerd.parse_args(wrong.split())
+            self.assertEqual(caught.exception.code, 2, wrong)
+
+    def test_addresses(self) -> None:
+        for text, wanted in (("79", ("", 79)), ("127.0.0.1:0", ("127.0.0.1", 0)), ("off", None),
+                             ("[::1]:79", ("::1", 79)), ("a.b:8", ("a.b", 8))):  # fmt: skip
+            self.assertEqual(fingerd.parse_address(text), wanted)
+        self.assertEqual(fingerd.parse_setter("1079"), ("127.0.0.1", 1079))
+        for text in ("", "x", ":79", "::1:79", "[::1]", "a:b:1", "1:65536", "-1", "79 ", "\u0667"):
+            with self.subTest(text), self.assertRaises(fingerd.argparse.ArgumentTypeError):
+                fingerd.parse_address(text)
+
+    def test_a_taken_port_is_one_line(self) -> None:
+        faces = ["--finger", "--setter", "--web"]
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            for face in faces:
+                places = dict.fromkeys(faces, "127.0.0.1:0")
+                places[face] = address
+                options = [word for pair in places.items() for word in pair]
+                status, out, err = run(*options, "--state", "off", self.users(USERS))
+                self.assertEqual((status, out), (1, []))
+                self.assertRegex(err[-1], rf"{address}.*in use.*{face}")
+                others = [line for line in err[:-1] if "listening on" not in line]
+                self.assertEqual(others, [])
+
+    def test_an_unreadable_users_file_is_one_line(self) -> None:
+        path = pathlib.Path(self.users(USERS))
+        path.parent.chmod(0)
+        self.addCleanup(path.parent.chmod, 0o700)
+        options = ["--finger", "127.0.0.1:0", "--setter", "off", "--web", "off", "--state", "off"]
+        options += ["--run-as", "65534:65534"] if os.geteuid() == 0 else []
+        for users, words in ((str(path), rf"{path.parent}: Permission denied"),
+                             ("/nowhere/users", "/nowhere: No such file"),
+                             ("/dev/null", "not a regular file")):  # fmt: skip
+            status, out, err = run(*options, users)
+            err = [line for line in err if "listening on" not in line]
+            self.assertEqual((status, out, len(err)), (1, [], 1), err)
+            self.assertRegex(err[0], words)
+        self.assertEqual(run("--check", "/nowhere/users")[:2], (1, []))
+
+    def test_it_says_what_listens_where(self) -> None:
+        service = self.service(USERS, "--web", "off")
+        places = [line for line in service.log if "listening on" in line]
+        self.assertEqual(len(places), 2)
+        self.assertRegex(places[0], r"finger listening on 127\.0\.0\.1:[1-9]\d*$")
+        self.assertRegex(service.log[-1], "ready$")
+        service.process.send_signal(signal.SIGINT)
+        self.assertEqual(service.process.wait(DEADLINE), 0)
+
+    def test_it_runs_clean_in_the_c_locale_and_obeys_edits_until_sigterm(self) -> None:
+        clean = {"LC_ALL": "C", "PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error", "PATH": "/bin"}
+        service = self.service("zo\u00e9: caf\u00e9\n", "--interval", "0.1", env=clean)
+        self.assertEqual(service.finger("zo\u00e9"), "caf\u00e9\r\n")
+        service.write("zo\u00e9: edited\noops\n")
+        until(lambda: service.finger("zo\u00e9") == "edited\r\n")
+        service.wait_for("users:2: no colon")
+        self.assertEqual(service.set("zo\u00e9", "th\u00e9"), "OK\r\n")
+        for target in ("/", "/zo\u00e9", "/?format=atom"):
+            (page,) = responses(ask(service.port("web"), request(target)))
+            self.assertIn("th\u00e9", page.body.decode())
+        self.assertEqual(service.stop(), 0)
+        self.assertEqual([line for line in service.log if re.search("Warning|Traceback", line)], [])
+
+
+# ---- real clients ------------------------------------------------------------------------------
+
+IN_A_NETWORK = ("unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+CALL = xmlrpc.client.dumps(("moshez",), "getUser")
+PERL = """use RPC::XML::Client; print RPC::XML::Client->new("{web}/RPC2")
+->simple_request("getUser", "moshez")"""
+RUBY = 'require "xmlrpc/client"; puts XMLRPC::Client.new2("{web}/RPC2").call("getUser", "moshez")'
+CHROMIUM = """chromium --headless --no-sandbox --disable-gpu --no-first-run --disable-sync
+--disable-background-networking --disable-component-update --user-data-dir={folder}/chromium
+--dump-dom"""
+
+
+@unittest.skipIf(os.environ.get("FINGERD_REAL_CLIENTS") == "0", "FINGERD_REAL_CLIENTS=0")
+class RealClients(unittest.TestCase):
+    """What people have; as root in a network of our own, where we have the usual ports."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.own = False
+        if os.geteuid() == 0 and shutil.which("unshare") and shutil.which("nsenter"):
+            probe = subprocess.run([*IN_A_NETWORK, "true"], stderr=subprocess.DEVNULL)
+            cls.own = probe.returncode == 0
+        if cls.own:
+            usual = ("--finger", "79", "--setter", "0.0.0.0:1079", "--web", "8000")
+            program = (*IN_A_NETWORK, sys.executable, str(FINGERD))
+            cls.service = Service(USERS, *usual, program=program)
+            cls.prefix = ["nsenter", "-t", str(cls.service.process.pid), "-n"]
+        else:
+            cls.service, cls.prefix = Service(), []
+        cls.addClassCleanup(cls.service.close)
+
+    def client(self, words: list[str], stdin: bytes = b"", hold: bool = False) -> str:
+        """What a client prints until it ends; `hold` leaves its input open until then."""
+        folder = str(self.service.folder)
+        client = subprocess.Popen(
+            [*self.prefix, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "HOME": folder, "TERM": "dumb", "http_proxy": ""})  # fmt: skip
+        hung = threading.Event()
+
+        def end() -> None:
+            hung.set()
+            os.killpg(client.pid, signal.SIGKILL)
+
+        timer = threading.Timer(DEADLINE, end)
+        timer.start()
+        try:
+            client.stdin.write(stdin)
+            client.stdin.flush()
+            if not hold:
+                client.stdin.close()
+            output: str = client.stdout.read().decode("utf-8", "replace")
+            with contextlib.suppress(BrokenPipeError):
+                client.stdin.close()
+            client.wait()
+        finally:
+            timer.cancel()
+            client.stdout.close()
+        self.assertFalse(hung.is_set(), f"{words} hung; it had said {output!a}")
+        return output
+
+    def commands(self) -> list[tuple[str, bytes, bool, str]]:
+        """The command, its input, whether that is left open, and what the output holds."""
+        happy, everybody = "Happy and well", "shawn: alive"
+        port, web = self.service.port("finger"), f"http://127.0.0.1:{self.service.port('web')}"
+        setter = self.service.port("setter")
+        query = b"moshez\r\n"
+        usual = [
+            ("finger moshez@127.0.0.1", happy), ("finger -l moshez@127.0.0.1", "Login: moshez"),
+            ("finger @127.0.0.1", everybody), ("finger moshez@localhost@127.0.0.1", happy),
+            ("finger moshez@elsewhere@127.0.0.1", "forwarding service denied"),
+            ("finger moshez@::1", happy), ("lynx -dump finger://127.0.0.1/moshez", happy),
+            ("links -dump finger://moshez@127.0.0.1/", "Status: " + happy),
+            ("elinks -dump finger://moshez@127.0.0.1/", happy),
+            ("curl -sS http://[::1]:8000/moshez?format=text", happy)
+        ]  # fmt: skip
+        plain = [
+            (f"curl -sS gopher://127.0.0.1:{port}/0moshez", happy),
+            (f"curl -sS gopher://127.0.0.1:{port}/0/W%20moshez", "Login: moshez"),
+            (f"curl -sS {web}/moshez", f"<h1>moshez</h1><p>{happy}</p>"),
+            (f"curl -sS --http2 {web}/moshez?format=text", happy),
+            (f"curl -sSI {web}/", "HTTP/1.1 200 OK"),
+            (f"curl -sS -H Expect:100-continue --data-binary @- {web}/RPC2", happy),
+            (f"lynx -dump {web}/", "Happy and well"), (f"links -dump {web}/moshez", happy),
+            (f"elinks -dump {web}/moshez", happy), (f"wget -qO- {web}/moshez", happy),
+            (f"xmlrpc {web}/RPC2 getUser s/moshez", happy),
+            (f"xmlrpc {web} getUser s/moshez", happy),
+            (f"{' '.join(CHROMIUM.split())} {web}/moshez", f"<h1>moshez</h1><p>{happy}</p>")
+        ]  # fmt: skip
+        rows = [(command.replace("{folder}", str(self.service.folder)),
+                 CALL.encode() if "@-" in command else b"", False, answer)
+                for command, answer in (usual if self.own else []) + plain]  # fmt: skip
+        for client in ("nc.openbsd -N", "nc.openbsd", "nc.traditional -q 1"):
+            rows.append((f"{client} 127.0.0.1 {port}", query, False, happy))
+        rows += [
+            (f"nc.openbsd -N 127.0.0.1 {setter}", b"guest\nhello\n", False, "OK"),
+            (f"telnet 127.0.0.1 {port}", query, True, happy),
+            (f"curl -sS telnet://127.0.0.1:{port}", query, False, happy),
+        ]
+        return rows
+
+    def test_each_gets_the_answer(self) -> None:
+        rows = [row for row in self.commands() if shutil.which(row[0].split()[0])]
+        if not rows:
+            self.skipTest("no client is installed")
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:  # they wait, mostly
+            outputs = [pool.submit(self.client, row[0].split(), row[1], row[2]) for row in rows]
+            for (command, _, _, wanted), output in zip(rows, outputs):
+                with self.subTest(command):
+                    self.assertIn(wanted, output.result())
+
+    def test_xml_rpc_in_other_languages(self) -> None:
+        web = f"http://127.0.0.1:{self.service.port('web')}"
+        for command, module, script in (("perl", "-MRPC::XML::Client", PERL),
+                                        ("ruby", "-rxmlrpc/client", RUBY)):  # fmt: skip
+            with self.subTest(command):
+                if not shutil.which(command) or self.client([command, module, "-e", "1"]):
+                    self.skipTest(f"no XML-RPC for {command}")
+                words = [command, "-e", script.replace("{web}", web)]
+                self.assertIn("Happy and well", self.client(words))
+
+    @unittest.skipUnless(shutil.which("tidy"), "no tidy")
+    def test_tidy_finds_nothing_wrong_with_the_pages(self) -> None:
+        for target in ("/", "/moshez", "/nobody"):
+            url = f"http://127.0.0.1:{self.service.port('web')}{target}"
+            page = self.client(["curl", "-sS", url])
+            self.assertEqual(self.client(["tidy", "-q", "-e"], page.encode()), "", target)
+
+    def test_a_setter_for_everybody_is_warned_of(self) -> None:
+        if not self.own:
+            self.skipTest("not in a network of our own")
+        self.assertIn("WARNING", self.service.wait_for(r"anybody's message|may set"))
+
+
+# ================================================================================================
+# IRC
+# ================================================================================================
+
+# ==== helpers
+
+QUICK = fingerd.IrcDeadlines(retry=0.05, longest_retry=0.05)
+MOSHEZ = {"moshez": "Happy and well", "long": "é" * 400}
+
+
+def make_store(texts: Any = MOSHEZ) -> fingerd.StatusStore:
+    store = fingerd.StatusStore()
+    for user, text in texts.items():
+        store.set(user, text)
+    return store
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Talk:
+    """An fingerd.IrcSession with a clock that the test moves."""
+
+    def __init__(self, store: fingerd.StatusStore | None = None, **options: Any) -> None:
+        self.now = 1000.0
+        self.store = store or make_store()
+        self.log: list[str] = []
+        options = {"host": "irc.test", "port": 6697, **options}
+        self.session = fingerd.IrcSession(
+            fingerd.IrcOptions(**options),
+            self.store,
+            fingerd.IrcDeadlines(),
+            "4711",
+            self.log.append,
+        )
+        self.session.begin(self.now)
+        self.hello = self.said()
+
+    def hear(self, *lines: str) -> Talk:
+        for line in lines:
+            self.session.receive(line.encode(), self.now)
+        return self
+
+    def pass_time(self, seconds: float) -> Talk:
+        self.now += seconds
+        self.session.tick(self.now)
+        return self
+
+    def said(self) -> list[str]:
+        """All lines that wait, sent at their pace."""
+        sent = b""
+        while self.session.outbox.due() < float("inf"):
+            self.now = max(self.now, self.session.outbox.due())
+            sent += self.session.outbox.take(self.now)
+        return sent.decode().split("\r\n")[:-1]
+
+    def register(self, nick: str = "fingerbot") -> Talk:
+        self.hear(f":irc.test 001 {nick} :Welcome")
+        for channel in self.session.options.channels:
+            self.hear(f":{nick}!~fingerd@our.host JOIN {channel}")
+        self.said()
+        return self.pass_time(60)
+
+
+class LogLines(logging.Handler):
+    """What the bot logs, one line after the other."""
+
+    def __init__(self, test: unittest.TestCase) -> None:
+        super().__init__()
+        self.lines: queue.Queue[str] = queue.Queue()
+        fingerd.log.addHandler(self)
+        fingerd.log.setLevel(logging.INFO)
+        fingerd.log.propagate = False
+        test.addCleanup(fingerd.log.removeHandler, self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.put(self.format(record))
+
+    def wait_for(self, part: str) -> str:
+        deadline = time.monotonic() + DEADLINE
+        heard = []
+        while time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                heard.append(self.lines.get(timeout=1))
+                if part in heard[-1]:
+                    return heard[-1]
+        raise AssertionError(f"{part!r} is not in {heard[-5:]}")
+
+
+class IrcPeer:
+    """One end of a connection, speaking lines."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(DEADLINE)
+        self.file = sock.makefile("rb")
+
+    def say(self, *lines: str) -> None:
+        self.sock.sendall("".join(f"{line}\r\n" for line in lines).encode())
+
+    def wait_for(self, part: str) -> str:
+        deadline = time.monotonic() + DEADLINE
+        heard = []
+        while time.monotonic() < deadline and self.heard_line(heard):
+            if heard[-1].startswith("PING"):
+                self.say(heard[-1].replace("PING", "PONG", 1))
+            if part in heard[-1]:
+                return heard[-1]
+        raise AssertionError(f"{part!r} is not in {heard[-5:]}")
+
+    def heard_line(self, heard: list[str]) -> bool:
+        """Adds one line; False at the end."""
+        with contextlib.suppress(OSError):
+            heard.append(self.file.readline().decode().rstrip("\r\n"))
+            return heard[-1] != ""
+        return False
+
+    def register(self, nick: str = "fingerbot") -> IrcPeer:
+        self.wait_for("USER ")
+        self.say(f":irc.test 001 {nick} :Welcome")
+        return self
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+
+class IrcBotCase(unittest.TestCase):
+    """A bot that is stopped at the end, and the log it wrote."""
+
+    def setUp(self) -> None:
+        self.log = LogLines(self)
+        pace = mock.patch.object(fingerd, "IRC_LINE_SECONDS", 0.001)
+        pace.start()
+        self.addCleanup(pace.stop)
+        self.store = make_store()
+
+    def start_bot(self, port: int, deadlines: fingerd.IrcDeadlines = QUICK, **options: Any) -> Any:
+        options = {"host": "127.0.0.1", "port": port, "tls": False, **options}
+        bot = fingerd.IrcBot(fingerd.IrcOptions(**options), self.store, deadlines)
+        bot.start()
+        self.addCleanup(self.stop_bot, bot)
+        return bot
+
+    def stop_bot(self, bot: Any) -> None:
+        bot.stop()
+        self.assertFalse(bot.thread.is_alive())
+
+    def connect(self, port: int) -> IrcPeer:
+        peer = IrcPeer(socket.create_connection(("127.0.0.1", port), DEADLINE))
+        self.addCleanup(peer.close)
+        return peer
+
+
+def make_certificate(folder: str) -> tuple[str, str]:
+    """A file with key and certificate for localhost, and the SHA-256 of the latter."""
+    path = os.path.join(folder, "both.pem")
+    openssl(
+        f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
+        f"-subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout {path} -out {path}"
+    )
+    digest = openssl(f"x509 -noout -fingerprint -sha256 -in {path}")
+    return path, digest.partition("=")[2].strip().replace(":", "").lower()
+
+
+def openssl(arguments: str) -> str:
+    command = ["openssl", *arguments.split()]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# ==== codecs
+
+
+class IrcCodecTest(unittest.TestCase):
+    def test_lines_are_parsed(self) -> None:
+        for raw, line in [
+            (b"PING x\r", fingerd.IrcLine({}, "", "PING", ["x"])),
+            (b"ping", fingerd.IrcLine({}, "", "PING", [])),
+            (b":a!b@c PRIVMSG d :e  :f ", fingerd.IrcLine({}, "a!b@c", "PRIVMSG", ["d", "e  :f "])),
+            (b"@x=1;b :s  1  a   b", fingerd.IrcLine({"x": "1", "b": ""}, "s", "1", ["a", "b"])),
+            (b"A :", fingerd.IrcLine({}, "", "A", [""])),
+            (b"A b:c :", fingerd.IrcLine({}, "", "A", ["b:c", ""])),
+            (b":only", fingerd.IrcLine({}, "only", "", [])),
+            (b"@only", fingerd.IrcLine({"only": ""}, "", "", [])),
+            (b" :only", fingerd.IrcLine({}, "", "", ["only"])),
+            (b"", fingerd.IrcLine({}, "", "", [])),
+            ("A é".encode(), fingerd.IrcLine({}, "", "A", ["é"])),
+            ("A é".encode("latin-1"), fingerd.IrcLine({}, "", "A", ["é"])),
+        ]:
+            with self.subTest(raw=raw):
+                self.assertEqual(fingerd.parse_irc_line(raw), line)
+
+    def test_formatting_is_parsing_backwards(self) -> None:
+        for line in [["A", "b"], ["A", "b", "c d"], ["A", ""], ["A", ":b"], ["A", "b", "é :c"]]:
+            parsed = fingerd.parse_irc_line(fingerd.format_irc_line(*line).rstrip(b"\n"))
+            self.assertEqual([parsed.command, *parsed.params], line)
+
+    def test_no_line_end_gets_in(self) -> None:
+        self.assertEqual(fingerd.format_irc_line("A", "b\r\nQUIT\0", "\nc"), b"A bQUIT c\r\n")
+
+    def test_case_is_folded_as_the_server_does(self) -> None:
+        for mapping, folded in [("ascii", "a[]\\~"), ("rfc1459-strict", "a{}|~"), ("?", "a{}|^")]:
+            with self.subTest(mapping=mapping):
+                self.assertEqual(fingerd.fold_irc("A[]\\~", mapping), folded)
+
+    def test_text_is_cut_between_characters(self) -> None:
+        for size, cut in [(-1, ""), (0, ""), (1, "a"), (2, "a"), (3, "aé"), (9, "aéé")]:
+            self.assertEqual(fingerd.cut_bytes("aéé", size), cut)
+
+    def test_sasl_payload_comes_in_chunks(self) -> None:
+        for length, sizes in [(1, [8]), (297, [400, 1]), (298, [400, 4]), (597, [400, 400, 1])]:
+            with self.subTest(length=length):
+                chunks = fingerd.sasl_plain("a", "x" * length)
+                self.assertEqual([len(chunk) for chunk in chunks], sizes)
+
+    def test_delay_doubles_up_to_the_cap(self) -> None:
+        self.assertEqual([fingerd.reconnect_delay(n, 0) for n in range(4)], [2, 4, 8, 16])
+        self.assertEqual(fingerd.reconnect_delay(1, 0.5), 5)
+        for jitter in (0, 0.999):
+            self.assertEqual(fingerd.reconnect_delay(10**9, jitter), 600)
+
+
+# ==== the session
+
+
+class IrcSessionTest(unittest.TestCase):
+    def test_registration(self) -> None:
+        account = {"account": "finger", "password": "secret"}
+        hello = [":irc.test 001 x :Welcome"]
+        for title, options, lines, said in [
+            ("ping", {}, ["PING :a b"], ["PONG :a b"]),
+            ("no caps of use", {}, ["CAP * LS :multi-prefix sasl"], ["CAP END"]),
+            (
+                "two lines",
+                {},
+                ["CAP * LS * :message-tags", "CAP * LS :x"],
+                ["CAP REQ message-tags"],
+            ),
+            ("ack", {}, ["CAP * ACK :message-tags"], ["CAP END"]),
+            ("nak", {}, ["CAP * NAK :message-tags"], ["CAP END"]),
+            ("new too early", {}, ["CAP * NEW :message-tags"], []),
+            ("new later", {}, [*hello, "CAP x NEW :message-tags"], ["CAP REQ message-tags"]),
+            ("ack later", {}, [*hello, "CAP x ACK :message-tags"], []),
+            ("del", {}, [*hello, "CAP x DEL :message-tags"], []),
+            ("no cap known", {}, [":s 421 * CAP :Unknown command"], []),
+            ("half a cap", {}, ["CAP", "CAP *", "CAP * LS *"], []),
+            ("sasl listed", account, ["CAP * LS :sasl=PLAIN,EXTERNAL"], ["CAP REQ sasl"]),
+            ("sasl ack", account, ["CAP * ACK :message-tags sasl "], ["AUTHENTICATE PLAIN"]),
+            ("sasl go", account, ["AUTHENTICATE +"], ["AUTHENTICATE AGZpbmdlcgBzZWNyZXQ="]),
+            ("sasl done", account, [":s 903 * :ok"], ["CAP END"]),
+            ("sasl unasked", {}, ["AUTHENTICATE +"], []),
+            ("taken", {}, [":s 433 * fingerbot :Taken"], ["NICK fingerbo_"]),
+            ("taken again", {}, [":s 436 * a :b"] * 2, ["NICK fingerbo_", "NICK fingerb__"]),
+            ("wrong", {}, [":s 432 * a :b"] * 2, ["NICK fingerbo", "NICK fingerb"]),
+            ("too long", {"nick": "a" * 20}, [":s 432 * a :b"], ["NICK aaaaaaaaa"]),
+            ("join", {"channels": ("#a", "#b")}, hello, ["JOIN #a,#b"]),
+            ("bot mode", {}, [*hello, ":s 005 x BOT=B :ok"], ["MODE x +B"]),
+            ("invite", {}, [*hello, ":a!b@c INVITE x #d"], []),
+        ]:
+            with self.subTest(title):
+                self.assertEqual(Talk(**options).hear(*lines).said(), said)
+
+    def test_it_says_first_who_it_is(self) -> None:
+        user = f"USER fingerd 0 * :{fingerd.IRC_REALNAME}"
+        self.assertEqual(Talk().hello, ["CAP LS 302", "NICK fingerbot", user])
+        self.assertEqual(Talk(password="a b").hello[0], "PASS :a b")
+        self.assertEqual(Talk(password="a b", account="c").hello[0], "CAP LS 302")
+
+    def test_what_ends_a_connection(self) -> None:
+        account = {"account": "finger", "password": "secret"}
+        for title, options, line, refused in [
+            ("secret is wrong", account, ":s 904 * :secret is wrong", True),
+            ("EXTERNAL are", account, ":s 908 * EXTERNAL :are available", True),
+            ("banned", {}, ":s 465 * :You are banned", True),
+            ("no log-in by password", account, "CAP * LS :sasl=EXTERNAL", False),
+            ("does not let us", account, "CAP * NAK :sasl", False),
+            ("does not know how", account, ":s 001 x :Welcome", False),
+            ("Too fast", {}, "ERROR :Too fast", False),
+        ]:
+            with self.subTest(title):
+                talk = Talk(**options)
+                with self.assertRaisesRegex(fingerd.IrcFailure, title.replace("secret", r"\*\*\*")):
+                    talk.hear(line)
+                self.assertEqual(talk.session.refused, refused)
+
+    def test_it_gives_up_when_no_nick_is_free(self) -> None:
+        for number, last in [("433", "NICK finge4711"), ("432", "NICK f")]:
+            talk = Talk()
+            refusal = self.assertRaisesRegex(fingerd.IrcFailure, "none of our nicks")
+            with self.subTest(number), refusal:
+                while True:
+                    said = talk.hear(f":s {number} * a :b").said()
+            self.assertEqual(said, [last])
+
+    def test_answers(self) -> None:
+        long_name = "n" * 70
+        for target, text, said in [
+            ("fingerbot", "moshez", "PRIVMSG ann :moshez: Happy and well"),
+            ("fingerbot", " \x02\x0304,05moshez\x0f ", "PRIVMSG ann :moshez: Happy and well"),
+            ("fingerbot", "!finger moshez", "PRIVMSG ann :moshez: Happy and well"),
+            ("FINGERBOT", "nobody", "PRIVMSG ann :nobody: No such user"),
+            ("fingerbot", "a b\0c", "PRIVMSG ann :a bc: No such user"),
+            ("fingerbot", "!! x", "PRIVMSG ann :x: No such user"),
+            ("fingerbot", long_name, f"PRIVMSG ann :{long_name[:64]}: No such user"),
+            ("fingerbot", "\x03", None),
+            ("fingerbot", "", None),
+            ("#A", "!finger moshez", "PRIVMSG #A :moshez: Happy and well"),
+            ("#a", "FingerBot: moshez", "PRIVMSG #a :moshez: Happy and well"),
+            ("#a", "fingerbot, moshez", "PRIVMSG #a :moshez: Happy and well"),
+            ("#a", "moshez", None),
+            ("#a", "!finger", None),
+            ("#a", "!fingers moshez", None),
+            ("#a", "fingerbot moshez", None),
+            ("#b", "!finger moshez", None),
+            ("fingerbot", "\x01VERSION\x01", "NOTICE ann :\x01VERSION fingerd 1.0\x01"),
+            ("fingerbot", "\x01PING 12 34\x01", "NOTICE ann :\x01PING 12 34\x01"),
+            ("fingerbot", "\x01FINGER", f"NOTICE ann :\x01FINGER {fingerd.IRC_REALNAME}\x01"),
+            ("fingerbot", "\x01ACTION waves\x01", None),
+            ("fingerbot", "\x01", None),
+            ("#a", "\x01VERSION\x01", None),
+        ]:
+            with self.subTest(target=target, text=text):
+                talk = Talk(channels=("#a",)).register()
+                talk.hear(f":ann!b@c PRIVMSG {target} :{text}")
+                self.assertEqual(talk.said(), [said] if said else [])
+
+    def test_who_is_not_answered(self) -> None:
+        for line in [
+            ":ann!b@c NOTICE fingerbot :moshez",
+            ":irc.test PRIVMSG fingerbot :moshez",
+            "PRIVMSG fingerbot :moshez",
+            ":fingerbot!~fingerd@our.host PRIVMSG fingerbot :moshez",
+            "@time=x;bot :ann!b@c PRIVMSG fingerbot :moshez",
+            "@inspircd.org/bot :ann!b@c PRIVMSG fingerbot :moshez",
+            ":ann!b@c PRIVMSG fingerbot",
+            ":ann!b@c PRIVMSG",
+        ]:
+            with self.subTest(line):
+                self.assertEqual(Talk().register().hear(line).said(), [])
+
+    def test_a_long_answer_fills_the_line(self) -> None:
+        for host in ["", "h", "hh", "host.example.org"]:
+            with self.subTest(host):
+                talk = Talk().register()
+                source = f":fingerbot!~fingerd@{host or 'x' * 63}"
+                if host:
+                    talk.hear(f"{source} MODE fingerbot :+i")
+                talk.hear(":ann!b@c PRIVMSG fingerbot :long")
+                received = f"{source} {talk.said()[0]}\r\n"
+                self.assertRegex(received, " PRIVMSG ann :long: é+\r\n$")
+                self.assertIn(len(received.encode()), (511, 512))
+
+    def test_the_host_may_change(self) -> None:
+        for host in ("new.host", "user@new.host"):
+            talk = Talk().register().hear(f":s 396 fingerbot {host} :is now your host")
+            self.assertEqual(talk.session.mask, "~fingerd@new.host")
+
+    def test_nick_is_what_the_server_says(self) -> None:
+        talk = Talk().hear(":s 433 * fingerbot :Taken").register("fingerbo_")
+        self.assertEqual(talk.hear("x").pass_time(29).said(), [])
+        self.assertEqual(talk.pass_time(1).said(), ["NICK fingerbot"])
+        talk.hear(":s 433 fingerbo_ fingerbot :Taken")
+        self.assertEqual(talk.pass_time(89).said(), [])
+        self.assertEqual(talk.hear("x").pass_time(1).said(), ["NICK fingerbot"])
+        talk.hear(":fingerbo_!a@b NICK :fingerbot", ":ann!a@b PRIVMSG fingerbot :moshez")
+        self.assertEqual(len(talk.said()), 1)
+        self.assertEqual(talk.pass_time(80).hear("x").pass_time(15).said(), [])
+
+    def test_a_nick_cut_by_the_server_is_kept(self) -> None:
+        for lines in [[], [":s 005 fingerbotx NICKLEN=9 :are supported"]]:
+            talk = Talk(nick="fingerbotlong").register("fingerbot").hear("x", *lines)
+            self.assertEqual(talk.pass_time(31).said(), [])
+
+    def test_changes_are_announced(self) -> None:
+        talk = Talk(channels=("#a",)).register()
+        talk.store.set("moshez", "Giving a tutorial now, sorry!")
+        line = "PRIVMSG #a :moshez: Giving a tutorial now, sorry!"
+        self.assertEqual(talk.pass_time(1).said(), [line])
+        self.assertEqual(talk.pass_time(1).said(), [])
+        for number in range(15):
+            talk.store.set(f"user{number}", "old")
+            talk.store.set(f"user{number}", "new")
+        lines = [f"PRIVMSG #a :user{number}: new" for number in range(3)]
+        self.assertEqual(talk.pass_time(1).said(), [*lines, "PRIVMSG #a :... and 12 more"])
+        talk.hear(":ann!b@c KICK #a fingerbot :out")
+        talk.store.set("moshez", "back")
+        self.assertEqual(talk.pass_time(1).said(), [])
+        lines = ["registered as fingerbot", "joined #a", "kicked: #a fingerbot out"]
+        self.assertEqual(talk.log, [f"IRC: {line}" for line in lines])
+
+    def test_only_configured_channels_are_joined(self) -> None:
+        talk = Talk(channels=("#a",)).register().hear(":fingerbot!a@b JOIN #b", ":s 473 x #a :+i")
+        self.assertEqual(talk.session.joined, {"#a"})
+        self.assertEqual(talk.log[-1], "IRC: cannot join: x #a +i")
+
+    def test_lines_go_at_a_steady_pace(self) -> None:
+        talk = Talk().register()
+        outbox = talk.session.outbox
+        for number in range(11):
+            talk.hear(f":ann!b@c{number} PRIVMSG fingerbot :moshez")
+        talk.hear("PING x")
+        burst = outbox.take(talk.now)
+        self.assertEqual((burst[:6], burst.count(b"\n")), (b"PONG x", 5))
+        self.assertEqual([outbox.take(talk.now + after) for after in (1, 1.9)], [b"", b""])
+        self.assertEqual(outbox.take(talk.now + 2).count(b"\n"), 1)
+        self.assertEqual(outbox.take(talk.now + 31), b"")
+        self.assertEqual(outbox.due(), float("inf"))
+
+    def test_who_asks_too_often_is_ignored(self) -> None:
+        talk = Talk().register()
+        for _ in range(13):
+            talk.hear(":ann!b@c PRIVMSG fingerbot :moshez")
+        talk.hear(":ann!b@d PRIVMSG fingerbot :moshez")
+        self.assertEqual(len(talk.said()), 13)
+        talk.now += 200
+        self.assertEqual(talk.hear(":other!b@c PRIVMSG fingerbot :moshez").said(), [])
+        talk.now += 100
+        self.assertEqual(len(talk.hear(":ann!b@c PRIVMSG fingerbot :moshez").said()), 1)
+
+    def test_tables_are_bounded(self) -> None:
+        talk = Talk().register()
+        for number in range(2000):
+            talk.hear(f":a!b@{number} PRIVMSG fingerbot :x", "PING x")
+        session = talk.session
+        self.assertEqual(len(session.askers), fingerd.IRC_ASKERS)
+        waiting = len(session.outbox.protocol), len(session.outbox.answers)
+        self.assertEqual(waiting, (fingerd.IRC_QUEUE_LINES,) * 2)
+
+    def test_silence_ends_it(self) -> None:
+        talk = Talk().register().hear("PING x")
+        self.assertEqual(talk.pass_time(89).said(), ["PONG x"])
+        self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
+        talk.pass_time(59).hear("PONG x").pass_time(89)
+        self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
+        with self.assertRaisesRegex(fingerd.IrcFailure, "silent"):
+            talk.pass_time(60)
+        with self.assertRaisesRegex(fingerd.IrcFailure, "did not register us"):
+            Talk().pass_time(60)
+
+    def test_it_has_settled_after_a_minute(self) -> None:
+        talk = Talk()
+        self.assertFalse(talk.session.settled(talk.now + 99))
+        talk.register()
+        self.assertFalse(talk.session.settled(talk.now - 1))
+        self.assertTrue(talk.session.settled(talk.now))
+
+    def test_any_line_is_survived(self) -> None:
+        chance = random.Random(1)
+        words = [name[3:] for name in dir(fingerd.IrcSession) if name.startswith("on_")]
+        parts = [b":", b" ", b"fingerbot", b"#a", b"!", b"\x01", b"@", b"=", b"\xff", b"*", b"LS"]
+        for number in range(5000):
+            if number % 100 == 0:
+                talk = Talk(channels=("#a",)).register()
+            command = chance.choice(words).encode()
+            line = b":a!b@c " * chance.randrange(2) + command + b" " * chance.randrange(2)
+            line += b"".join(chance.choice(parts) for _ in range(chance.randrange(9)))
+            with contextlib.suppress(fingerd.IrcFailure):
+                talk.session.receive(line, talk.now)
+
+
+# ==== options
+
+
+class IrcOptionsTest(unittest.TestCase):
+    def read(self, *words: str, **environ: str) -> fingerd.IrcOptions | None:
+        with mock.patch.dict(os.environ, environ):
+            return fingerd.irc_options(fingerd.parse_args([*words, "users"]))
+
+    def test_what_is_read(self) -> None:
+        self.assertIsNone(self.read())
+        for words, options in [
+            (["--irc", "a.b"], fingerd.IrcOptions("a.b", 6697)),
+            (["--irc", "a.b:7000"], fingerd.IrcOptions("a.b", 7000)),
+            (["--irc", "::1", "--irc-plaintext"], fingerd.IrcOptions("::1", 6667, tls=False)),
+            (["--irc", "[::1]:7000"], fingerd.IrcOptions("::1", 7000)),
+            (["--irc", "[::1]"], fingerd.IrcOptions("::1", 6697)),
+            (
+                ["--irc", "a", "--irc-fingerprint", "AB:" * 31 + "CD"],
+                fingerd.IrcOptions("a", 6697, fingerprint="ab" * 31 + "cd"),
+            ),
+            (
+                ["--irc", "a", "--irc-channel", "#a", "--irc-channel", "#b"],
+                fingerd.IrcOptions("a", 6697, channels=("#a", "#b")),
+            ),
+        ]:
+            with self.subTest(words):
+                self.assertEqual(self.read(*words), options)
+
+    def test_where_the_password_comes_from(self) -> None:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"from file\nrest")
+            file.flush()
+            words = ["--irc", "a", "--irc-account", "b"]
+            options = self.read(*words, FINGERD_IRC_PASSWORD="from environment")
+            self.assertEqual(options and options.password, "from environment")
+            options = self.read(*words, "--irc-password-file", file.name)
+            self.assertEqual(options and options.password, "from file")
+
+    def test_what_is_refused(self) -> None:
+        secret = {"FINGERD_IRC_PASSWORD": "secret"}
+        for words, environ, problem in [
+            (["--irc", "a:b"], {}, "HOST"),
+            (["--irc", "a:0"], {}, "port"),
+            (["--irc", "a:65536"], {}, "port"),
+            (["--irc", "a", "--irc-nick", "1a"], {}, "nick"),
+            (["--irc", "a", "--irc-channel", "a"], {}, "channel"),
+            (["--irc", "a", "--irc-channel", "#a,b"], {}, "channel"),
+            (["--irc", "a", *["--irc-channel", "#" + "a" * 40] * 10], {}, "too many"),
+            (["--irc", "a", "--irc-account", "b"], {}, "password"),
+            (["--irc", "a", "--irc-account", "b", "--irc-plaintext"], secret, "TLS"),
+            (["--irc", "127.a.b", "--irc-account", "b", "--irc-plaintext"], secret, "TLS"),
+            (["--irc", "a", "--irc-account", "b\n"], secret, "control"),
+            (["--irc", "a", "--irc-password-file", "/nonexistent"], {}, "password-file"),
+            (["--irc", "a", "--irc-fingerprint", "ab"], {}, "SHA-256"),
+            (["--irc", "a", "--irc-fingerprint", "ab" * 32, "--irc-plaintext"], {}, "TLS"),
+        ]:
+            with self.subTest(words), self.assertRaisesRegex(fingerd.StartError, problem):
+                self.read(*words, **environ)
+        self.read("--irc", "127.0.0.1", "--irc-account", "b", "--irc-plaintext", **secret)
+
+
+# ==== the bot against a server that plays tricks
+
+
+class FakeServerCase(IrcBotCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.server.settimeout(DEADLINE)
+        self.addCleanup(self.server.close)
+        self.port = self.server.getsockname()[1]
+
+    def accept(self, context: Any = None) -> IrcPeer:
+        sock, _ = self.server.accept()
+        if context:
+            sock.settimeout(DEADLINE)
+            sock = context.wrap_socket(sock, server_side=True)
+        peer = IrcPeer(sock)
+        self.addCleanup(peer.close)
+        return peer
+
+    def stop_soon(self, bot: Any) -> None:
+        started = time.monotonic()
+        bot.stop()
+        self.assertFalse(bot.thread.is_alive())
+        self.assertLess(time.monotonic() - started, 2.0)
+
+
+class FakeServerTest(FakeServerCase):
+    def test_it_answers_and_says_goodbye(self) -> None:
+        bot = self.start_bot(self.port)
+        peer = self.accept().register()
+        peer.say(":ann!b@c PRIVMSG fingerbot :moshez")
+        self.assertEqual(peer.wait_for("PRIVMSG"), "PRIVMSG ann :moshez: Happy and well")
+        stopping = threading.Thread(target=bot.stop)
+        stopping.start()
+        peer.wait_for("QUIT")
+        peer.close()
+        stopping.join()
+
+    def test_lines_may_come_in_any_pieces(self) -> None:
+        self.start_bot(self.port)
+        peer = self.accept().register()
+        for byte in "PING :é\r\nPING b\n\r\n:ann!b@c PRIVMSG fingerbot :moshez\r\n".encode():
+            peer.sock.send(bytes([byte]))
+        for line in ("PONG é", "PONG b", "PRIVMSG ann :moshez: Happy and well"):
+            self.assertEqual(peer.file.readline().decode(), f"{line}\r\n")
+
+    def test_garbage_and_floods_are_survived(self) -> None:
+        self.start_bot(self.port)
+        peer = self.accept().register()
+        peer.sock.sendall(bytes(range(256)) * 4000 + b"\n" * 10_000)
+        peer.sock.sendall(b"@" + b"x" * 1_000_000 + b"\r\n")
+        peer.sock.sendall(b":a!b@c PRIVMSG fingerbot :moshez\r\n" * 20_000 + b"PING end\r\n")
+        peer.wait_for("PONG end")
+
+    def test_it_comes_back(self) -> None:
+        self.start_bot(self.port)
+        self.accept().close()
+        self.log.wait_for("IRC: ")
+        peer = self.accept()
+        peer.say("ERROR :go away")
+        self.log.wait_for("IRC: the server says: go away; next attempt in 0 s")
+        peer = self.accept().register()
+        peer.close()
+        self.log.wait_for("IRC: ")
+        self.accept().register()
+        self.log.wait_for("registered as fingerbot")
+
+    def test_it_notices_silence(self) -> None:
+        quick = QUICK._replace(silence=0.1, answer=0.1)
+        self.start_bot(self.port, quick)
+        peer = self.accept().register()
+        self.assertEqual(peer.file.readline(), b"PING fingerd\r\n")
+        self.log.wait_for("IRC: the server has gone silent")
+        self.accept()
+
+    def test_it_notices_a_server_that_does_not_register_it(self) -> None:
+        self.start_bot(self.port, QUICK._replace(register=0.1))
+        self.accept().wait_for("USER")
+        self.log.wait_for("IRC: the server did not register us in time")
+
+    def test_failures_count_until_a_connection_lasts(self) -> None:
+        for settled, counted in [(60.0, [0, 1, 2, 3, 4]), (0.0, [0, 1, 2, 0, 0])]:
+            with self.subTest(settled=settled):
+                delay = mock.Mock(return_value=0.0)
+                with mock.patch.object(fingerd, "reconnect_delay", delay):
+                    bot = self.start_bot(self.port, QUICK._replace(settled=settled))
+                    for number in range(5):
+                        peer = self.accept()
+                        if number > 2:
+                            peer.register()
+                            self.log.wait_for("registered")
+                        peer.close()
+                        self.log.wait_for("next attempt")
+                    bot.stop()
+                self.assertEqual([call[0][0] for call in delay.call_args_list][:5], counted)
+
+    def test_a_refused_log_in_brings_the_longest_wait(self) -> None:
+        account = {"account": "finger", "password": "secret"}
+        bot = self.start_bot(self.port, fingerd.IrcDeadlines(), **account)
+        peer = self.accept()
+        for heard, said in [
+            ("USER", "CAP * LS :sasl"),
+            ("CAP REQ sasl", "CAP * ACK :sasl"),
+            ("AUTHENTICATE PLAIN", "AUTHENTICATE +"),
+            ("AUTHENTICATE ", ":s 904 * :No secret"),
+        ]:
+            peer.wait_for(heard)
+            peer.say(said)
+        line = self.log.wait_for("refuses us")
+        self.assertEqual(line, "IRC: the server refuses us (904): * No ***; next attempt in 600 s")
+        bot.stop()
+
+    def test_it_leaves_nothing_behind(self) -> None:
+        self.start_bot(self.port, QUICK._replace(retry=0.0))
+        for number in range(1000):
+            peer = self.accept()
+            if number == 10:
+                before = self.count_open()
+            if number % 2:
+                peer.register()
+            peer.close()
+        self.accept()
+        self.assertLessEqual(self.count_open(), before + 3)
+
+    def count_open(self) -> int:
+        return len(os.listdir("/proc/self/fd")) + threading.active_count()
+
+    def test_it_stops_while_it_connects(self) -> None:
+        connecting = threading.Event()
+        connect_to = fingerd.IrcBot.connect_to
+
+        def watched(*arguments: Any) -> socket.socket:
+            connecting.set()
+            return connect_to(*arguments)
+
+        # Once the queue of a server that accepts no one is full, no further connection is made.
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+            port = full.getsockname()[1]
+            self.connect(port)
+            with mock.patch.object(fingerd.IrcBot, "connect_to", watched):
+                bot = self.start_bot(port)
+                self.assertTrue(connecting.wait(DEADLINE))
+                self.stop_soon(bot)
+
+    def test_it_stops_while_it_waits(self) -> None:
+        bot = self.start_bot(free_port(), fingerd.IrcDeadlines())
+        self.log.wait_for("Connection refused; next attempt")
+        self.stop_soon(bot)
+
+    def test_it_stops_while_a_name_is_looked_up(self) -> None:
+        hang = threading.Event()
+        self.addCleanup(hang.set)
+        with mock.patch.object(socket, "getaddrinfo", lambda *_, **__: hang.wait()):
+            bot = self.start_bot(self.port, QUICK._replace(connect=0.1))
+            for _ in range(3):
+                self.log.wait_for("the look-up of 127.0.0.1 takes too long")
+            lookups = [thread for thread in threading.enumerate() if thread.name == "irc-lookup"]
+            self.assertEqual(len(lookups), 1)
+            self.stop_soon(bot)
+
+    def test_names_that_do_not_exist(self) -> None:
+        for host in ("does-not-exist.invalid", "a..b", "x" * 70):
+            self.start_bot(6667, host=host)
+            self.log.wait_for(f"IRC: cannot look up {host}: ")
+
+
+@unittest.skipUnless(shutil.which("openssl"), "openssl makes the certificate")
+class TlsTest(FakeServerCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        import ssl
+
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.certificate, cls.fingerprint = make_certificate(folder.name)
+        cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        cls.context.load_cert_chain(cls.certificate)
+
+    def serve_one(self) -> None:
+        peer = self.accept(self.context).register()
+        peer.say(":ann!b@c PRIVMSG fingerbot :moshez")
+        peer.wait_for("PRIVMSG ann :moshez: Happy and well")
+        peer.sock.sendall(b"x" * 50_000 + b"\nPING end\n")
+        peer.wait_for("PONG end")
+
+    def test_a_certificate_is_trusted_by_its_digest(self) -> None:
+        self.start_bot(self.port, tls=True, fingerprint=self.fingerprint)
+        self.serve_one()
+
+    def test_a_certificate_is_trusted_by_its_authority(self) -> None:
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
+            self.start_bot(self.port, tls=True, host="localhost")
+        self.serve_one()
+
+    def test_other_certificates_are_refused(self) -> None:
+        for options, problem in [
+            ({}, "bad certificate: self"),
+            ({"host": "127.0.0.1"}, "bad certificate: IP address mismatch"),
+            ({"fingerprint": "ab" * 32}, f"bad certificate: its SHA-256 is {self.fingerprint}"),
+        ]:
+            trusted = self.certificate if "host" in options else ""
+            with self.subTest(problem), mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
+                bot = self.start_bot(self.port, tls=True, **{"host": "localhost", **options})
+                with contextlib.suppress(OSError):
+                    self.accept(self.context)
+                self.log.wait_for(problem)
+                bot.stop()
+
+    def test_a_server_without_tls_is_recognised(self) -> None:
+        for greeting in (b":irc.test NOTICE * :Looking up your hostname\r\n", b""):
+            bot = self.start_bot(self.port, tls=True)
+            peer = self.accept()
+            peer.sock.sendall(greeting)
+            peer.close()
+            self.log.wait_for("--irc-plaintext")
+            bot.stop()
+
+    def test_it_stops_in_the_middle_of_a_handshake(self) -> None:
+        bot = self.start_bot(self.port, tls=True)
+        self.accept().sock.recv(1)
+        self.stop_soon(bot)
+
+    def test_a_handshake_takes_no_longer_than_it_may(self) -> None:
+        self.start_bot(self.port, QUICK._replace(tls=0.1), tls=True)
+        self.accept()
+        self.log.wait_for("no TLS ")
+
+
+# ==== the bot on real servers
+
+
+class RealServerCase(IrcBotCase):
+    """The same tests for each server, which speaks plain and TLS."""
+
+    program = ""
+    ready = b""  # what it says when it accepts connections
+    command = ""
+    configuration = ""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        if not shutil.which(cls.program) or not shutil.which("openssl"):
+            raise unittest.SkipTest(f"{cls.program} and openssl are not both installed")
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        os.chmod(folder.name, 0o755)  # the server may give up being root
+        cls.port, cls.tls_port = free_port(), free_port()
+        certificate, cls.fingerprint = make_certificate(folder.name)
+        os.chmod(certificate, 0o644)
+        cls.path = os.path.join(folder.name, "ircd.conf")
+        with open(cls.path, "w") as file:
+            ports = {"port": cls.port, "tls_port": cls.tls_port}
+            file.write(cls.configuration.format(certificate=certificate, **ports))
+        cls.start_server()
+        cls.addClassCleanup(cls.end_server)
+
+    @classmethod
+    def start_server(cls) -> None:
+        command = [*cls.command.split(), cls.path]
+        cls.server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while cls.ready not in cls.server.stdout.readline():
+            pass
+
+    @classmethod
+    def end_server(cls) -> None:
+        cls.server.kill()
+        cls.server.communicate()
+
+    def ask(self, nick: str = "ann") -> IrcPeer:
+        peer = self.connect(self.port)
+        peer.say(f"NICK {nick}", "USER ann 0 * :Ann")
+        peer.wait_for(" 001 ")
+        return peer
+
+    def test_it_answers_over_tls_in_private_and_in_a_channel(self) -> None:
+        tls = {"tls": True, "fingerprint": self.fingerprint}
+        self.start_bot(self.tls_port, channels=("#office",), **tls)
+        self.log.wait_for("joined")
+        ann = self.ask()
+        for said, heard in [
+            ("JOIN #office", " 366 "),
+            ("PRIVMSG fingerbot moshez", "PRIVMSG ann :moshez: Happy and well"),
+            ("PRIVMSG #office :!finger nobody", "PRIVMSG #office :nobody: No such user"),
+            ("PRIVMSG fingerbot :\x01VERSION\x01", "NOTICE ann :\x01VERSION fingerd"),
+        ]:
+            ann.say(said)
+            ann.wait_for(heard)
+        ann.say("PRIVMSG fingerbot long")
+        received = f"{ann.wait_for('PRIVMSG ann :long: ')}\r\n"
+        self.assertRegex(received, ":long: é+\r\n$")
+        self.assertIn(len(received.encode()), (511, 512))
+        self.store.set("moshez", "Giving a tutorial now, sorry!")
+        ann.wait_for("PRIVMSG #office :moshez: Giving a tutorial now, sorry!")
+
+    def test_tls_where_there_is_none(self) -> None:
+        self.start_bot(self.port, QUICK._replace(tls=0.1), tls=True)
+        self.log.wait_for("--irc-plaintext")
+
+    def test_a_taken_nick_is_regained(self) -> None:
+        holder = self.ask("fingerbot")
+        self.start_bot(self.port, QUICK._replace(silence=0.5), channels=("#lobby",))
+        self.log.wait_for("registered as fingerbo_")
+        self.log.wait_for("joined")
+        holder.say("JOIN #lobby")
+        holder.wait_for(" 366 ")
+        holder.say("NICK away")
+        holder.wait_for("NICK :fingerbot")
+        holder.say("PRIVMSG fingerbot moshez")
+        holder.wait_for(":fingerbot!")
+
+    def test_it_returns_to_a_server_that_was_killed(self) -> None:
+        self.start_bot(self.port)
+        self.log.wait_for("registered")
+        self.end_server()
+        self.log.wait_for("Connection refused")
+        self.start_server()
+        self.log.wait_for("registered")
+
+    def test_it_leaves_a_server_that_stands_still(self) -> None:
+        self.start_bot(self.port, QUICK._replace(silence=0.2, answer=0.5, register=5.0))
+        self.log.wait_for("registered")
+        self.server.send_signal(signal.SIGSTOP)
+        self.log.wait_for("silent")
+        self.server.send_signal(signal.SIGCONT)
+        self.log.wait_for("registered")
+
+
+class NgircdTest(RealServerCase):
+    program = "ngircd"
+    ready = b" ready."
+    command = "ngircd -n -f"
+    configuration = """
+        [Global]
+        Name = irc.test
+        AdminInfo1 = test
+        Listen = 127.0.0.1
+        MotdPhrase = hello
+        Ports = {port}
+        [Options]
+        IncludeDir = /nonexistent
+        DNS = no
+        Ident = no
+        PAM = no
+        [Limits]
+        MaxConnectionsIP = 0
+        MaxPenaltyTime = 0
+        [SSL]
+        CertFile = {certificate}
+        KeyFile = {certificate}
+        Ports = {tls_port}
+    """
+
+
+class InspircdTest(RealServerCase):
+    program = "inspircd"
+    ready = b"is now running"
+    command = "inspircd --nofork --nolog --nopid --runasroot --config"
+    configuration = """
+        <server name="irc.test" description="test" network="Test" id="0AA">
+        <admin name="test" nick="test" email="test@irc.test">
+        <bind address="127.0.0.1" port="{port}" type="clients">
+        <bind address="127.0.0.1" port="{tls_port}" type="clients" sslprofile="tls">
+        <module name="cap">
+        <module name="ircv3_ctctags">
+        <module name="botmode">
+        <module name="ssl_gnutls">
+        <sslprofile name="tls" provider="gnutls" certfile="{certificate}" keyfile="{certificate}">
+        <connect allow="*" resolvehostnames="no" localmax="50" globalmax="50">
+    """
+
+
+del FakeServerCase, RealServerCase  # the tests are in the classes made of them
+
+
+# ================================================================================================
+# faults, hostile peers, a clean stop
+# ================================================================================================
+
+ROOT = os.geteuid() == 0
+KILLS = int(os.environ.get("KILLS", "3"))  # rounds of kill -9
+PEERS = int(os.environ.get("PEERS", "700"))  # hostile connections that are held to finger
+SOAK = int(os.environ.get("SOAK", "1500"))  # connections after which nothing may have grown
+FUZZ = int(
+    os.environ.get("FUZZ", "300")
+)  # cases for the ports, and six times as many for the parsers
+SEED = int(os.environ.get("SEED", "1"))
+FACES = ("finger", "setter", "web")
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
+HAPPY = b"Happy and well\r\n"
+CROWDED = {f"u{n:05}": "x" * 1_000 for n in range(9_000)}  # more than the kernel buffers
+
+
+def setUpModule() -> None:
+    """As many descriptors as the hostile peers need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(2 * PEERS + 1_000, hard) if hard != resource.RLIM_INFINITY else 2 * PEERS + 1_000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    unittest.addModuleCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def in_parallel(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """What `work` returns for 0 to `count` - 1, each in a thread of its own."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+def proc(pid: int, key: str) -> list[str]:
+    """The values of `key` in /proc/PID/status."""
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return next(line for line in text.splitlines() if line.startswith(key + ":")).split()[1:]
+
+
+def threads(pid: int) -> int:
+    return int(proc(pid, "Threads")[0])
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that the process holds."""
+    return int(proc(pid, "VmRSS")[0]) * 1024
+
+
+def processor(pid: int) -> float:
+    """Seconds of processor time that the process has used."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def connect(port: int, data: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
+    """A connection on which `data` has been sent."""
+    sock = socket.create_connection(("127.0.0.1", port), DEADLINE, (source, 0))
+    sock.sendall(data)
+    return sock
+
+
+def slow_reader(port: int, data: bytes) -> socket.socket:
+    """A connection whose answer has begun to come, and of which little fits into its buffer."""
+    sock = socket.socket()
+    sock.settimeout(DEADLINE)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)
+    sock.connect(("127.0.0.1", port))
+    sock.sendall(data)
+    sock.recv(1, socket.MSG_PEEK)
+    return sock
+
+
+def refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), DEADLINE).close()
+    except OSError:
+        return True
+    return False
+
+
+def web(port: int, target: str = "/moshez?format=text", body: bytes = b"") -> bytes:
+    """What the web server answers to a request, head and all."""
+    head = f"{'POST' if body else 'GET'} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    return ask(port, head.encode() + body, half_close=False)
+
+
+def call(method: str, *params: Any) -> bytes:
+    return xmlrpc.client.dumps(params, method).encode()
+
+
+def texts_of(store: Any) -> dict[str, str]:
+    return {user: status.text for user, status in store.snapshot().users()}
+
+
+def become_nobody() -> None:
+    """In a child process: stop being root."""
+    os.setgroups([])
+    os.setgid(1)
+    os.setuid(1)
+
+
+def python_for_everybody() -> str:
+    """An interpreter that is not out of reach for nobody."""
+    for python in (sys.executable, "/usr/bin/python3"):
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            subprocess.run([python, "-c", ""], check=True, preexec_fn=become_nobody, timeout=9)
+            return python
+    raise unittest.SkipTest("no Python that somebody else could run")
+
+
+class Settled(Service):
+    """Over a users file that nobody was at work on just now, so that a set need not wait."""
+
+    def write(self, text: str) -> None:
+        super().write(text)
+        os.utime(self.users, (1e9, 1e9))
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+
+    def close(self) -> None:
+        self.kill()
+        super().close()
+
+
+class FaultCase(unittest.TestCase):
+    """What the fault tests share."""
+
+    def service(self, text: str = USERS, *options: str, **more: Any) -> Settled:
+        service = Settled(text, *options, **more)
+        self.addCleanup(service.close)
+        return service
+
+    def folder(self) -> pathlib.Path:
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="fingerd-test-"))
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+    def tmpfs(self) -> pathlib.Path:
+        """A small file system of its own."""
+        folder = self.folder()
+        command = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=755", "tmpfs", str(folder)]
+        if not ROOT or subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode:
+            self.skipTest("cannot mount here")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(folder)], check=True)
+        return folder
+
+    def keep(self, sock: socket.socket) -> socket.socket:
+        self.addCleanup(sock.close)
+        return sock
+
+    def patch(self, **values: Any) -> None:
+        """Give some of fingerd's constants other values."""
+        patch = mock.patch.multiple(fingerd, **values)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def store(self, texts: dict[str, str] | None = None, durable: bool = False) -> Any:
+        state = fingerd.StateFile(self.folder() / "state.db") if durable else None
+        store = fingerd.StatusStore(state)
+        self.addCleanup(store.close)
+        store.replace_file({"moshez": "Happy and well"} if texts is None else texts, 0.0)
+        return store
+
+    def server(self, kind: Any, *arguments: Any) -> Any:
+        """A server in this process."""
+        listening = socket.create_server(("127.0.0.1", 0), backlog=200)
+        server = kind(listening, *arguments)
+        server.port = listening.getsockname()[1]
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        self.addCleanup(lambda: server.stop(time.monotonic() + 1))
+        return server
+
+    def refuses_to_start(self, service: Service, *words: str) -> None:
+        """Checks that it exited with status 1 and one line that holds `words`."""
+        self.assertEqual(1, service.process.wait(DEADLINE), service.log)
+        service._reader.join()
+        lines = [line for line in service.log if not re.match(r"\d{4}-.* (INFO|WARNING) ", line)]
+        self.assertEqual(1, len(lines), lines)
+        for word in ("fingerd: ", *words):
+            self.assertIn(word, lines[0])
+
+
+class DurabilityTest(FaultCase):
+    def test_kill_keeps_what_was_acknowledged(self) -> None:
+        service, chance, numbers = self.service(), random.Random(SEED), itertools.count()
+        possible: dict[str, set[str]] = {}  # the text of the last OK, and what came after it
+
+        def client(port: int, me: int, acknowledged: list[int]) -> None:
+            for number in numbers:
+                user, text = f"u{me}-{number % 7}", f"n{number}"
+                possible.setdefault(user, {"No such user"}).add(text)
+                answer = b""
+                with contextlib.suppress(OSError):
+                    answer = ask(port, f"{user}\n{text}\n".encode())
+                if not answer:
+                    return
+                self.assertEqual(b"OK\r\n", answer)
+                possible[user] = {text}
+                acknowledged.append(number)
+
+        for _ in range(KILLS):
+            port, acknowledged = service.port("setter"), []
+            with ThreadPoolExecutor(8) as pool:
+                clients = [pool.submit(client, port, me, acknowledged) for me in range(8)]
+                wanted = chance.randint(20, 120)
+                until(lambda a=acknowledged, w=wanted: len(a) >= w)  # type: ignore[misc]
+                service.kill()
+                for future in clients:
+                    future.result()
+            service.start()
+            for user, texts in possible.items():
+                shown = service.finger(user).rstrip("\r\n")
+                self.assertIn(shown, texts, user)
+                possible[user] = {shown}
+
+    def commits(self, each: int, setter: Callable[[int], Any]) -> None:
+        """Checks that 64 setters of `each` messages share commits."""
+        write = fingerd.StateFile.write
+        with mock.patch.object(fingerd.StateFile, "write", autospec=True, side_effect=write) as w:
+            in_parallel(64, lambda i: [setter(f"u{i}\nt{n}\n") for n in range(each)])
+        self.assertLessEqual(w.call_count, 64 * each / 4)
+
+    def test_64_setters_share_commits(self) -> None:
+        store = self.store({}, durable=True)
+        with self.subTest("the store"):
+            self.commits(10, lambda lines: store.set(*lines.splitlines()))
+            self.assertEqual({f"u{i}": "t9" for i in range(64)}, texts_of(store))
+        port = self.server(fingerd.SetterServer, store, lambda: None).port
+        with self.subTest("the server"):
+            self.commits(8, lambda lines: self.assertEqual(b"OK\r\n", ask(port, lines.encode())))
+            self.assertEqual({f"u{i}": "t7" for i in range(64)}, texts_of(store))
+
+    def out_of_room(self, service: Settled, make_room: Callable[[], None]) -> None:
+        """Checks a service whose disk is nearly full, and has kept that shawn is `first`."""
+        kept, errors = {}, 0
+        for n in range(400):
+            answer = service.set(f"u{n}", "x" * 900)
+            if answer == "OK\r\n":
+                kept[f"u{n}"] = "x" * 900
+            else:
+                self.assertRegex(answer, r"\AERROR could not be kept.*\r\n\Z")
+                self.assertEqual("No such user\r\n", service.finger(f"u{n}"))
+                errors += 1
+            if errors > 160:
+                break
+        self.assertRegex(service.set("shawn", "y" * 900), "^ERROR could not be kept")
+        self.assertEqual("first\r\n", service.finger("shawn"))
+        complaints = [line for line in service.log if " ERROR " in line]
+        self.assertTrue(0 < len(complaints) < 140, "a flood is summed up")
+        make_room()
+        self.assertEqual("OK\r\n", service.set("shawn", "second"))
+        service.kill()
+        service.start()
+        listing = dict(line.split(": ") for line in service.finger("").splitlines())
+        self.assertEqual({"moshez": "Happy and well", "shawn": "second", **kept}, listing)
+
+    def test_file_size_limit(self) -> None:
+        limit, no_limit = (100_000, resource.RLIM_INFINITY), (resource.RLIM_INFINITY,) * 2
+        service = self.service(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+        self.assertEqual("OK\r\n", service.set("shawn", "first"))
+
+        def lift() -> None:
+            resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, no_limit)
+            del service.popen["preexec_fn"]
+
+        self.out_of_room(service, lift)
+
+    def test_full_disk(self) -> None:
+        disk = self.tmpfs()
+        service = self.service(USERS, "--state", str(disk / "state.db"))
+        self.assertEqual("OK\r\n", service.set("shawn", "first"))
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", 0) as file:
+            while True:
+                file.write(bytes(1024))
+        self.out_of_room(service, (disk / "filler").unlink)
+
+    def test_state_file_that_cannot_be_used(self) -> None:
+        folder, running = self.folder(), self.service()
+        noise = bytes(random.Random(SEED).choices(range(256), k=10_000))
+        (folder / "noise").write_bytes(noise)
+        (folder / "folder").mkdir()
+        state = fingerd.StateFile(folder / "corrupt")
+        state.write({f"u{n}": fingerd.Message("x" * 500, 1.0, None, "") for n in range(200)})
+        state.close()
+        shutil.copy(folder / "corrupt", folder / "cut")
+        os.truncate(folder / "cut", 5_000)
+        with (folder / "corrupt").open("r+b") as file:
+            file.seek(8_192)
+            file.write(b"\xa5" * 40_000)
+        statements = {"foreign": "CREATE TABLE t (x)", "other": "PRAGMA user_version=9"}
+        for name, statement in {**statements, "locked": "CREATE TABLE t (x)"}.items():
+            db = sqlite3.connect(folder / name, isolation_level=None)
+            self.addCleanup(db.close)
+            db.execute("PRAGMA application_id = 77")
+            db.execute(statement)
+        db.execute("BEGIN EXCLUSIVE")
+        names = ("noise", "folder", "corrupt", "cut", "foreign", "other", "locked", "none/state")
+        paths = [folder / name for name in names]
+        if ROOT:
+            with contextlib.suppress(unittest.SkipTest):
+                paths.append(self.tmpfs() / "read-only")
+                fingerd.StateFile(paths[-1]).close()
+                subprocess.run(["mount", "-o", "remount,ro", str(paths[-1].parent)], check=True)
+        before = [(folder / name).read_bytes() for name in ("noise", "foreign", "other")]
+        starts = {path: ["--state", str(path)] for path in (running.state, paths[2], paths[6])}
+        services = {p: self.service(USERS, *more, ready=False) for p, more in starts.items()}
+        for path, service in services.items():
+            with self.subTest(path.name, start=True):
+                words = ["another fingerd"] if path == running.state else []
+                self.refuses_to_start(service, str(path), *words)
+        for path in paths:
+            with self.subTest(path.name), self.assertRaises(fingerd.NotKept) as caught:
+                fingerd.StateFile(path)
+            self.assertIn(str(path), str(caught.exception))
+        after = [(folder / name).read_bytes() for name in ("noise", "foreign", "other")]
+        self.assertEqual(before, after, "what is not ours is left alone")
+        self.assertEqual("OK\r\n", running.set("shawn", "still here"))
+
+    def test_state_is_readable_and_lockable_while_in_use(self) -> None:
+        service, start = self.service(), time.time()
+        service.set("shawn", "first")
+        service.set("shawn", "second")
+        db = sqlite3.connect(service.state, isolation_level=None)
+        self.addCleanup(db.close)
+        ((*row, since),) = db.execute("SELECT user, text, set_by, since FROM messages").fetchall()
+        self.assertEqual(["shawn", "second", "127.0.0.1"], row)
+        self.assertTrue(start <= since <= time.time())
+        self.assertGreaterEqual(db.execute("PRAGMA user_version").fetchone()[0], 1)
+        db.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(service.set, "shawn", "third")
+            while not answer.done():
+                self.assertEqual("second\r\n", service.finger("shawn"))
+        self.assertRegex(answer.result(), "^ERROR could not be kept")
+        self.assertEqual("second\r\n", service.finger("shawn"))
+        db.execute("ROLLBACK")
+        self.assertEqual("OK\r\n", service.set("shawn", "third"))
+
+    def test_state_does_not_grow(self) -> None:
+        path = self.folder() / "state.db"
+        log, state = pathlib.Path(f"{path}-wal"), fingerd.StateFile(path)
+        for n in range(60):
+            message = fingerd.Message(str(n).rjust(1_000), 1.0, None, "")
+            state.write({f"u{i}": message for i in range(150)})
+        self.assertLess(log.stat().st_size, 6_000_000)
+        self.assertLess(path.stat().st_size, 1_000_000)
+        state.close()
+        self.assertFalse(log.exists() and log.stat().st_size)
+
+    def test_ceiling_on_messages(self) -> None:
+        store = self.store({})
+        self.patch(MAX_MESSAGES=3)
+        for user in "abc":
+            store.set(user, "x")
+        with self.assertRaises(fingerd.NotKept):
+            store.set("d", "x")
+        for user, text in (("a", "y"), ("b", ""), ("d", "x")):
+            store.set(user, text)
+        self.assertEqual({"a": "y", "c": "x", "d": "x"}, texts_of(store))
+
+
+KOI8_CALL = (
+    "<?xml version='1.0' encoding='koi8-r'?><methodCall><methodName>getUser</methodName><params>"
+    "<param><value><string>привет</string></value></param></params></methodCall>"
+).encode("koi8-r")
+FAULTY = """
+import sys; sys.path.insert(0, {folder!r}); import fingerd
+real = fingerd.finger_answer
+def answer(now, query, *rest):
+    return None.nothing if query.user == "fault" else real(now, query, *rest)
+fingerd.finger_answer = answer
+sys.exit(fingerd.main())
+"""
+
+
+@unittest.skipUnless(ROOT, "needs root")
+class PrivilegesTest(FaultCase):
+    def whom(self, service: Service) -> tuple[set[str], set[str], list[str]]:
+        pid = service.process.pid
+        return set(proc(pid, "Uid")), set(proc(pid, "Gid")), proc(pid, "Groups")
+
+    def test_default_is_uid_1_gid_1_without_groups(self) -> None:
+        service = self.service(run_as="", preexec_fn=lambda: os.setgroups([4, 5]))
+        self.assertEqual(({"1"}, {"1"}, []), self.whom(service))
+        self.assertEqual(["0" * 16], proc(service.process.pid, "CapEff"))
+        self.assertEqual(0, service.state.stat().st_uid)
+        self.assertEqual(0, service.folder.stat().st_uid)
+        for n in range(30):
+            self.assertEqual("OK\r\n", service.set(f"u{n}", f"{n}" * 400))
+        self.assertEqual(0, service.stop())
+        service.start()
+        for n in range(30):
+            self.assertEqual(f"{n}" * 400 + "\r\n", service.finger(f"u{n}"))
+
+    def test_run_as(self) -> None:
+        me = pwd.getpwuid(1)
+        for option, uid, gid in ((me.pw_name, 1, me.pw_gid), ("2:3", 2, 3), ("0:0", 0, 0)):
+            with self.subTest(option):
+                service = self.service(USERS, "--run-as", option)
+                self.assertEqual(({str(uid)}, {str(gid)}, []), self.whom(service))
+        wrong = ("no-such-user", "1:no-such-group", "99999999999", "1:4294967295")
+        started = [self.service(USERS, f"--run-as={w}", run_as="", ready=False) for w in wrong]
+        for option, service in zip(wrong, started):
+            with self.subTest(option):
+                self.refuses_to_start(service, "--run-as")
+
+    def test_users_file_out_of_reach_is_said_at_start(self) -> None:
+        for name in ("users", "."):
+            service = self.service(run_as="")
+            service.kill()
+            blocking = service.folder / name
+            blocking.chmod(0o600)
+            service.start(ready=False)
+            self.refuses_to_start(service, f"{blocking}: Permission denied", "--run-as")
+
+    def test_run_as_needs_root(self) -> None:
+        program = (python_for_everybody(), str(FINGERD))
+        more: Any = {"program": program, "ready": False, "preexec_fn": become_nobody}
+        self.refuses_to_start(self.service(USERS, "--run-as", "1", **more), "--run-as", "root")
+
+    def test_interpreter_out_of_reach_after_the_drop(self) -> None:
+        program = self.folder() / "faulty.py"
+        program.write_text(FAULTY.format(folder=str(FINGERD.parent)))
+        text, program = "moshez: x\nпривет: мир\n", (sys.executable, str(program))
+        service = self.service(text, run_as="", program=program)
+        port = service.port("web")
+        self.assertEqual("Internal error in server\r\n", service.finger("fault"))
+        until(lambda: "AttributeError" in "\n".join(service.log))
+        dated = call("getUser", xmlrpc.client.DateTime("20260101T00:00:00"))
+        for body, words in (
+            (call("system.methodHelp", "getUser"), "<string>The user's status"),
+            (KOI8_CALL, "<string>(мир|not well-formed XML-RPC)</string>"),
+            (dated, "wrong parameters"),
+        ):
+            self.assertRegex(web(port, "/RPC2", body).decode(), words)
+        for encoding in ("utf-16", "utf-7", "idna", "zip", "x" * 99, "cp1251", "big5"):
+            body = call("getUser", "moshez").replace(b"?>", f" encoding='{encoding}'?>".encode())
+            self.assertIn(b"methodResponse", web(port, "/RPC2", body), encoding)
+        self.assertEqual("x\r\n", service.finger("moshez"))
+        self.assertEqual(1, "\n".join(service.log).count("Traceback"))
+
+
+HALF = {"finger": b"mosh", "setter": b"moshez\nhacked", "web": b"GET / HTTP/1.1\r\nHost: "}
+ENDLESS = [
+    ("finger", b" "), ("finger", b"\xff\xfb\x01"), ("finger", b"\xff\xfa"), ("finger", b"x"),
+    ("finger", b"\r"), ("web", b"\r\n"), ("web", b"GET / HTTP/1.1\r\nX:"), ("web", b"x"),
+    ("setter", b"x"), ("setter", b"\n"), ("setter", b"x\n"), ("setter", b"\r"),
+]  # fmt: skip
+SOAP = b"POST /RPC2 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+KINDS = [  # of connections; %d is another number each time
+    *[("finger", data) for data in (b"moshez\r\n", b"\r\n", b"%d\r\n", b"half%d", b"")],
+    ("finger", b"%d" + b"x" * 60_000),
+    ("finger", b"\xff\xfa%d" + b"y" * 60_000),
+    *[("setter", data) for data in (b"shawn\n%d\n", b"half", b"a:b\n\n", b"", b"\0" * 9_999)],
+    ("web", b"GET /moshez HTTP/1.1\r\nHost: x\r\n\r\n" * 3),
+    ("web", b"GET /nobody%d HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("web", b"GET /?format=json HTTP/1.0\r\n\r\n"),
+    ("web", b"GET /%d HTTP/1.1\r\n" + b"X: %%\r\n" * 2_000 + b"\r\n"),
+    ("web", b"GET /half"),
+    ("web", b"\xff" * 30_000),
+    ("web", SOAP % 62 + b"<!DOCTYPE x [<!ENTITY a 'aaaa'>]><methodCall>&a;</methodCall>"),
+    ("web", SOAP % 25_221 + b"<methodCall><params>" + b"<param><value><array><data>" * 940),
+    ("web", SOAP % 60_000 + b"broken off"),
+]
+EVIL = "\x1b[31m\x9b2J\u202eforged\x85\u2028\b\r2026-01-01 00:00:00,000 ERROR forged"
+QUOTED = "".join(f"%{byte:02X}" for byte in (EVIL + "\n").encode())
+FORGERIES = [
+    ("finger", EVIL + "\r\n"),
+    ("finger", f"x@{EVIL}\r\n"),
+    ("setter", f"{EVIL}\nstatus\n"),
+    ("setter", f"name{EVIL[:20]}\n{EVIL}\n"),
+    ("web", f"GET /{QUOTED}?{QUOTED} HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("web", f"GET /\x1b[31m\n2026 ERROR forged HTTP/1.1\r\nHost: {EVIL}\r\n\r\n"),
+    ("web", f"GET /é\x9b HTTP/1.1\r\nHost: x\r\nX: {EVIL}\r\n\r\n"),
+    ("web", f"{EVIL[1:5]} / HTTP/1.1\r\nHost: x\r\n\r\n"),
+]
+
+
+class HostileTest(FaultCase):
+    def test_ceilings_keep_the_honest_in(self) -> None:
+        service, over, most = self.service(), threading.Event(), []
+        peers: dict[str, list[socket.socket]] = {}
+        for face, count in (("finger", PEERS), ("setter", PEERS // 7), ("web", PEERS * 3 // 7)):
+            port, parts = service.port(face), (b"", HALF[face][:1], HALF[face])
+            sources = [f"127.0.0.{2 + n % 50}" if n % 2 else "127.0.0.1" for n in range(count)]
+            peers[face] = [
+                self.keep(connect(port, parts[n % 3], source)) for n, source in enumerate(sources)
+            ]
+
+        def trickle() -> None:
+            while not over.wait(0.02):
+                for face in FACES:
+                    n = random.randrange(len(peers[face]))
+                    try:
+                        peers[face][n].send(b"x")
+                    except OSError:  # dismissed: come back
+                        peers[face][n].close()
+                        peers[face][n] = self.keep(connect(service.port(face), HALF[face]))
+
+        with ThreadPoolExecutor(1) as pool:
+            attack = pool.submit(trickle)
+            try:
+                for n in range(40):
+                    self.assertEqual(HAPPY.decode(), service.finger("moshez"))
+                    self.assertIn("shawn: ", service.finger(""))
+                    self.assertIn(b" 200 OK\r\n", web(service.port("web")))
+                    self.assertIn(b" 200 OK\r\n", web(service.port("web"), "/"))
+                    self.assertEqual("OK\r\n", service.set(f"honest{n}", "x"))
+                    with connect(service.port("finger"), b"mosh") as late:
+                        late.sendall(b"ez\r\n")
+                        self.assertEqual(HAPPY, read_all(late))
+                    most.append(threads(service.process.pid))
+            finally:
+                over.set()
+            attack.result()
+        self.assertTrue(100 < max(most) < 512 + 64 + 256 + 20, most)
+
+    def crowded_out(self, port: int) -> None:
+        """Returns once one who waited has been dismissed for another."""
+        waiting = [self.keep(connect(port, b"half")) for _ in range(4)]
+        self.assertTrue(select.select(waiting, [], [], DEADLINE)[0], "nobody was")
+
+    def test_who_is_being_answered_is_not_dismissed(self) -> None:
+        self.patch(MAX_LISTING=20_000_000)
+        busy, go = threading.Event(), threading.Event()
+        slow = mock.Mock(set=lambda *_: (busy.set(), go.wait(DEADLINE)))
+        with mock.patch.object(fingerd.FingerServer, "ceiling", 2):
+            finger = self.server(fingerd.FingerServer, self.store(CROWDED), fingerd.Policy())
+        with mock.patch.object(fingerd.SetterServer, "ceiling", 2):
+            setter = self.server(fingerd.SetterServer, slow, lambda: None)
+        reader = self.keep(slow_reader(finger.port, b"\r\n"))
+        setting = self.keep(connect(setter.port, b"a\nb\n"))
+        self.assertTrue(busy.wait(DEADLINE))
+        self.crowded_out(finger.port)
+        self.crowded_out(setter.port)
+        go.set()
+        self.assertEqual(b"OK\r\n", read_all(setting))
+        self.assertEqual(len(CROWDED), read_all(reader).count(b"\r\n"))
+
+    def test_slow_reader_is_bounded_in_time(self) -> None:
+        self.patch(SEND_SECONDS=0.2, SLOWEST_READER=1e9, MAX_LISTING=20_000_000)
+        server = self.server(fingerd.FingerServer, self.store(CROWDED), fingerd.Policy())
+        with slow_reader(server.port, b"\r\n"):
+            self.assertTrue(server.crowd.wait_until_empty(5.0), "still waiting for it")
+
+    def test_endless_input_is_cut_short(self) -> None:
+        service = self.service()
+        before = resident(service.process.pid)
+        for face, piece in ENDLESS:
+            with self.subTest(face=face, piece=piece):
+                chunk, sent = piece * (60_000 // len(piece)), 0
+                with contextlib.suppress(ConnectionError), connect(service.port(face)) as sock:
+                    sock.settimeout(5)
+                    while sent < 10_000_000:
+                        sent += sock.send(chunk)
+                self.assertLess(sent, 10_000_000)
+                self.assertLess(resident(service.process.pid) - before, 20_000_000)
+        self.assertEqual("alive\r\n", service.finger("shawn"))
+
+    def test_no_descriptors_left(self) -> None:
+        limit = (60, 60)
+        service = self.service(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
+        pid, port = service.process.pid, service.port("finger")
+        held = [self.keep(connect(port, b"half")) for _ in range(90)]
+        service.wait_for("accept")
+        start, used = time.monotonic(), processor(pid)
+        time.sleep(1.0)  # to measure, not to be in time
+        self.assertLess((processor(pid) - used) / (time.monotonic() - start), 0.5)
+        for sock in held:
+            sock.close()
+        self.assertEqual("alive\r\n", service.finger("shawn"))
+        self.assertEqual(1, sum("accept" in line for line in service.log), service.log)
+
+    def test_faults_in_hooks_do_not_end_the_service(self) -> None:
+        server = self.server(fingerd.FingerServer, self.store(), fingerd.Policy())
+        hooks = ["verify_request", "process_request", "finish_request", "get_request"]
+        for broken in [*([hook] for hook in hooks), *([hook, "handle_error"] for hook in hooks)]:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(mock.patch.object(fingerd.log, "disabled", True))
+                for hook in broken:
+                    patch = mock.patch.object(server, hook, side_effect=ZeroDivisionError)
+                    stack.enter_context(patch)
+                for data in (b"moshez\r\n", b"half", b"\r\n"):
+                    with contextlib.suppress(OSError):
+                        sock = self.keep(connect(server.port, data))
+                        sock.settimeout(0.05)
+                        sock.recv(100)
+            self.assertEqual(HAPPY, ask(server.port, b"moshez\r\n"), broken)
+
+    def test_reset_before_the_accept_does_not_end_the_service(self) -> None:
+        service = self.service()
+        service.process.send_signal(signal.SIGSTOP)
+        for face, data in itertools.product(FACES, (b"", b"half", b"shawn\r\n", b"\r\n" * 9)):
+            with connect(service.port(face), data) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        service.process.send_signal(signal.SIGCONT)
+        self.assertEqual("alive\r\n", service.finger("shawn"))
+        self.assertEqual("OK\r\n", service.set("shawn", "well"))
+        self.assertIn(b"Happy", web(service.port("web")))
+        self.assertNotIn("Traceback", "\n".join(service.log))
+
+    def test_broken_stderr_does_not_end_the_service(self) -> None:
+        service = self.service(USERS, "-v")
+        with open(os.devnull, "rb") as null:
+            os.dup2(null.fileno(), service.process.stderr.fileno())  # type: ignore[union-attr]
+        service.finger("the reader still waits for this line")
+        service._reader.join(DEADLINE)
+        for _ in range(20):
+            self.assertEqual("alive\r\n", service.finger("shawn"))
+            self.assertIn(b" 400 ", ask(service.port("web"), b"\0\r\n\r\n"))
+            self.assertRegex(service.set("a:b", "x"), "^ERROR ")
+        self.assertEqual(0, service.stop())
+
+    def test_web_page_sets_nothing(self) -> None:
+        service = self.service()
+        head = " HTTP/1.1\r\nHost: localhost:1079\r\nOrigin: http://evil\r\n\r\nmoshez\nhacked\n"
+        for first in ("POST /", "POST /moshez", "GET /a%0Ab", "OPTIONS *", "PRI *", "patch /"):
+            with self.subTest(first):
+                answer = ask(service.port("setter"), (first + head).encode())
+                self.assertRegex(answer, rb"\AERROR [^\r\n]*\r\n\Z")
+        web(service.port("web"), "/moshez", b"moshez\nhacked\n")
+        web(service.port("web"), "/RPC2", call("setUser", "moshez", "hacked"))
+        web(service.port("web"), "/?user=moshez&status=hacked")
+        self.assertEqual(USERS.splitlines(), service.finger("").splitlines())
+
+    def test_log_cannot_be_forged(self) -> None:
+        service = self.service(USERS, "-v")
+        for face, data in FORGERIES:
+            ask(service.port(face), data.encode())
+        web(service.port("web"), "/RPC2", call("\n\x85forged"))
+        service.finger("the last one")
+        service.wait_for("the last one")
+        for line in service.log:
+            self.assertRegex(line, r"\A\d{4}-\d\d-\d\d [\d:,]{12} (DEBUG|INFO|WARNING) [ -~]*\Z")
+
+    def test_equal_complaints_are_summed_up(self) -> None:
+        log, handler = logging.Logger("flood"), mock.Mock(level=0)
+        keep = fingerd.FloodFilter().filter
+        handler.handle = lambda record: keep(record) and handler.emit(record.getMessage())
+        log.addHandler(handler)
+        in_parallel(4, lambda i: [log.warning("peer %d: bad", n) for n in range(1_000)])
+        log.warning("something else")
+        lines = [arguments[0][0] for arguments in handler.emit.call_args_list]
+        self.assertLess(len(lines), 200)
+        self.assertEqual(1, sum("more like this" in line for line in lines))
+        self.assertEqual("something else", lines[-1])
+
+    def test_nothing_grows(self) -> None:
+        service = self.service()
+        pid, ports = service.process.pid, {face: service.port(face) for face in FACES}
+
+        def peer(n: int) -> None:
+            face, data = KINDS[n % len(KINDS)]
+            with contextlib.suppress(ConnectionError), connect(ports[face]) as sock:
+                sock.sendall(data % n if b"%d" in data else data)
+                if n % 3:
+                    sock.shutdown(socket.SHUT_WR)
+                    read_all(sock)
+                else:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+        def census() -> tuple[int, int]:
+            return threads(pid), len(os.listdir(f"/proc/{pid}/fd"))
+
+        rest = census()
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(peer, range(400)))
+            until(lambda: census() == rest, "threads and descriptors")
+            before = resident(pid)
+            list(pool.map(peer, range(1_000, 1_000 + SOAK)))
+        until(lambda: census() == rest, "threads and descriptors")
+        self.assertLess(resident(pid) - before, 6_000_000)
+        self.assertFalse([line for line in service.log if " INFO " not in line])
+
+
+GOOD = [
+    b"moshez\r\n", b"/W shawn@localhost\r\n", b"\xff\xfb\x01\xff\xfa\x18\xff\xf0 \r\n", b"\r\0",
+    b"shawn\nnew\n", "né\u200d\u202e\tx\n\x85\ufeffy\n".encode(), b"# c\na: b\n:\n\xef\xbb\xbfx:\n",
+    b"GET /moshez?format=json HTTP/1.1\r\nHost: localhost\r\nAccept: text/*;q=0.5,*/*;q=0\r\n\r\n",
+    b"HEAD http://x//%00/..%2f%ff HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    b"POST /RPC2 HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\nExpect: 100-continue\r\n\r\n<a></a>",
+    b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /\r\n", call("getUser", "shawn"), KOI8_CALL,
+    call("system.multicall", [{"methodName": "getUser", "params": ["x"]}] * 2), call("x", 1, b"y"),
+]  # fmt: skip
+EDGES = [b"\r\n", b"\0", b"\xff", b"%", b"&#1;", b"-1", b":", b"9" * 5_000, b"\xed\xa0\x80"]
+
+
+def cases(count: int) -> Iterator[bytes]:
+    """Good input, changed here and there; and noise."""
+    chance = random.Random(SEED)
+    for _ in range(count):
+        data = bytearray(chance.choice(GOOD))
+        for _ in range(chance.randrange(4)):
+            at, other = chance.randrange(len(data) + 1), chance.choice(GOOD)
+            put = [
+                bytes([chance.randrange(256)]),
+                b"",
+                other[: chance.randrange(len(other))],
+                data[at : at + 9] * chance.choice([2, 9, 2_000]),
+                chance.choice(EDGES),
+                bytes(chance.choices(range(256), k=chance.randrange(200))),
+            ]
+            data[at : at + chance.choice([0, 1, 9])] = chance.choice(put)
+        yield bytes(data)
+
+
+class FuzzTest(FaultCase):
+    def parsers_hold(self, data: bytes) -> None:
+        """Checks what every parser promises for any input."""
+
+        def is_clean(*texts: str) -> None:
+            for text in texts:
+                self.assertEqual((text, 1), (fingerd.clean(text), len(f"{text}.".splitlines())))
+                text.encode()
+
+        latin = data.decode("latin-1")
+        is_clean(fingerd.clean(latin), fingerd.clean(data.decode("utf-8", "surrogateescape")))
+        for name, status in fingerd.parse_users(data.splitlines(keepends=True), {}).texts.items():
+            is_clean(name, status)
+            line = fingerd.format_users_line(name, status).encode()
+            again = fingerd.parse_users([b"\n", line], {})
+            self.assertEqual(("", {name: status}), (fingerd.name_problem(name), again.texts))
+        is_clean(fingerd.parse_finger(data, True).user)
+        user, text, problem = fingerd.parse_setting(data, True)
+        is_clean(user, text, problem)
+        self.assertTrue(problem or not fingerd.name_problem(user) + fingerd.status_problem(text))
+        head = fingerd.parse_http_head(data, True)
+        if head and head.problem:
+            fingerd.format_http_head(http.HTTPStatus(head.problem), [])
+        elif head:
+            self.assertLessEqual(head.length, fingerd.MAX_BODY)
+            is_clean(fingerd.path_user(head.path))
+        is_clean(fingerd.path_user("/" + latin))
+        for query, accept in (("", latin), (latin, ""), ("format=" + latin, latin)):
+            self.assertIn(fingerd.choose_format(query, accept), ["", *fingerd.FORMATS])
+        rpc = fingerd.parse_rpc_call(data)
+        self.assertTrue(rpc.fault or (type(rpc.method), type(rpc.params)) == (str, tuple))
+        for parse in (fingerd.parse_finger, fingerd.parse_setting, fingerd.parse_http_head):
+            early = parse(data[: len(data) // 2], False)
+            if early is not None and not (parse is fingerd.parse_finger and b"\xff" in data):
+                self.assertEqual(early, parse(data, False), "what is understood stays so")
+
+    def test_parsers(self) -> None:
+        for number, data in enumerate(cases(FUZZ * 6)):
+            try:
+                self.parsers_hold(data)
+            except Exception as problem:
+                raise AssertionError(f"SEED={SEED}, case {number}: {data[:999]!r}") from problem
+
+    def test_ports(self) -> None:
+        service = self.service()
+        answers = [rb"\A", rb"\A(OK|ERROR [ -~]*)\r\n\Z", rb"\A(HTTP/1\.1 \d{3} |\Z)"]
+
+        def client(me: int) -> None:
+            for number, data in enumerate(cases(FUZZ)):
+                if number % 4 == me:
+                    face = number // 4 % 3
+                    with contextlib.suppress(ConnectionError):  # what came after the end
+                        answer = ask(service.port(FACES[face]), data)
+                        self.assertRegex(answer, answers[face], (FACES[face], data))
+
+        in_parallel(4, client)
+        self.assertEqual(HAPPY.decode(), service.finger("moshez") or service.log)
+        self.assertFalse([line for line in service.log if " INFO " not in line])
+
+
+class ReloaderTest(FaultCase):
+    """A users file that is changed in every way while queries run."""
+
+    def setUp(self) -> None:
+        self.lines: list[str] = []
+        handler = mock.Mock(level=0, handle=lambda record: self.lines.append(record.getMessage()))
+        fingerd.log.addHandler(handler)
+        self.addCleanup(fingerd.log.removeHandler, handler)
+        self.patch(SETTLE_SECONDS=0.05)
+        self.path, self.number = self.folder() / "users", 0
+        self.rename()
+        store = fingerd.StatusStore()
+        self.reloader = fingerd.Reloader(fingerd.FileSource(self.path), store, 0.02)
+        self.reloader.load()
+        self.reloader.start()
+        self.addCleanup(self.reloader.join, DEADLINE)
+        self.addCleanup(self.reloader.cancel)
+        self.port = self.server(fingerd.FingerServer, store, fingerd.Policy()).port
+
+    def next(self) -> bytes:
+        """What the file says next: a new number for two users."""
+        self.number += 1
+        return b"a: %06d\n%sb: %06d\n" % (self.number, b"# x\n" * 500, self.number)
+
+    def rename(self, content: bytes | None = None) -> None:
+        new = self.path.with_name("new")
+        new.write_bytes(self.next() if content is None else content)
+        os.replace(new, self.path)
+
+    def comes(self, value: str = "") -> None:
+        """Returns once the latest number is shown, or `value`."""
+        wanted = f"{value or format(self.number, '06')}\r\n".encode()
+        until(lambda: ask(self.port, b"b\r\n") == wanted, wanted.decode())
+
+    def complains(self, words: str) -> None:
+        """Returns once a complaint is logged; the last good content stays."""
+        del self.lines[:]
+        until(lambda: any(words in line for line in self.lines), words)
+        self.comes()
+
+    def replaced_by_what_cannot_be_read(self) -> None:
+        for make, words in (
+            (lambda: None, "No such file"),
+            (self.path.mkdir, "regular"),
+            (lambda: os.mkfifo(self.path), "regular"),
+            (lambda: self.path.symlink_to(self.path), "symbolic"),
+            (lambda: self.path.symlink_to("/dev/zero"), "regular"),
+        ):
+            self.path.unlink()
+            make()
+            self.complains(words)
+            if self.path.is_dir():
+                self.path.rmdir()
+            self.rename()
+            self.comes()
+        if not ROOT:
+            self.path.chmod(0)
+            self.complains("Permission denied")
+
+    def changed_in_place(self) -> None:
+        for _ in range(2):
+            with self.path.open("r+b", 0) as file:
+                first, second = self.next().split(b"# x\n", 1)
+                file.truncate()
+                file.write(first)
+                file.write(b"# x\n" + second)
+            self.comes()
+        self.path.write_bytes(self.next() + b"x" * 4_000_000 + b"\n")
+        self.comes()
+        os.truncate(self.path, 0)
+        self.comes("No such user")
+        self.rename()
+        self.comes()
+        no_colon = [byte for byte in range(256) if byte != ord(":")]
+        self.path.write_bytes(bytes(random.Random(SEED).choices(no_colon, k=200_000)))
+        self.comes("No such user")
+        self.rename()
+        self.comes()
+
+    def test_no_answer_is_wrong_or_late(self) -> None:
+        over, slowest = threading.Event(), [0.0]
+        strict = True  # until the file says something else about the two
+
+        def client(_: int) -> None:
+            while not over.is_set():
+                start, both = time.monotonic(), strict
+                one, listing = ask(self.port, b"a\r\n"), ask(self.port, b"\r\n")
+                slowest.append((time.monotonic() - start) / 2)
+                self.assertRegex(one, rb"\A(\d{6}|No such user)\r\n\Z")
+                self.assertRegex(listing, rb"\A(a: \d{6}\r\n)?(b: \d{6}\r\n)?\Z")
+                if both:
+                    self.assertRegex(one, rb"\A\d{6}\r\n\Z")
+                    self.assertRegex(listing, rb"\Aa: (\d{6})\r\nb: \1\r\n\Z")
+
+        with ThreadPoolExecutor(3) as pool:
+            clients = [pool.submit(client, n) for n in range(3)]
+            try:
+                for _ in range(3):
+                    self.rename()
+                    self.comes()
+                self.replaced_by_what_cannot_be_read()
+                strict = False
+                self.changed_in_place()
+            finally:
+                over.set()
+            for future in clients:
+                future.result()
+        self.assertTrue(self.reloader.is_alive())
+        self.assertLess(max(slowest), 2.0)
+
+    def test_too_large_is_refused_and_the_last_one_stays(self) -> None:
+        for limit, content, words in (
+            ({"MAX_FILE": 5_000}, b"a: big\n" * 1_000, "larger than 5000 bytes"),
+            ({"MAX_USERS": 50}, b"".join(b"a%d: x\n" % n for n in range(99)), "more than 50 users"),
+        ):
+            with self.subTest(words):
+                self.patch(**limit)
+                self.rename(content)
+                self.complains(words)
+                complaints = list(self.lines)
+                for _ in range(3):
+                    self.reloader.look()
+                self.comes()
+                self.assertEqual(complaints, self.lines, "said once, and not taken back")
+                self.assertIn(str(self.path), complaints[0])
+                self.rename()
+                self.comes()
+
+
+class StopTest(FaultCase):
+    def test_idle_peers_do_not_hold_it_up(self) -> None:
+        service = self.service()
+        for n in range(500):
+            self.keep(connect(service.port(FACES[n % 3]), [b"", b"half"][n % 2]))
+        start = time.monotonic()
+        self.assertEqual(0, service.stop(), service.log)
+        self.assertLess(time.monotonic() - start, 5.0)
+        self.assertFalse([line for line in service.log if " INFO " not in line])
+
+    def test_queued_queries_are_answered(self) -> None:
+        service = self.service()
+        queries = (
+            ("finger", b"shawn\r\n", rb"alive\r\n\Z"),
+            ("finger", b"\r\n", rb"moshez: [^\0]*alive\r\n\Z"),
+            ("web", b"GET / HTTP/1.0\r\n\r\n", rb"HTTP/1\.1 200 OK[^\0]*</html>\s*\Z"),
+            ("setter", b"moshez\nqueued\n", rb"OK\r\n\Z"),
+        )
+        service.process.send_signal(signal.SIGSTOP)
+        until(lambda: proc(service.process.pid, "State")[0] == "T")
+        queued = []
+        for _, (face, query, answer) in itertools.product(range(15), queries):
+            queued.append((self.keep(connect(service.port(face), query)), query, answer))
+        service.process.terminate()
+        service.process.send_signal(signal.SIGCONT)
+        wrong = []
+        for sock, query, wanted in queued:
+            came = b"reset"
+            with contextlib.suppress(ConnectionError):
+                came = read_all(sock)
+            if not re.match(wanted, came):
+                wrong.append((query, came))
+        self.assertEqual([], wrong, f"{len(wrong)} of {len(queued)}")
+        self.assertEqual(0, service.process.wait(DEADLINE))
+
+    def stopping(self) -> tuple[Service, socket.socket]:
+        """A service that is stopping, and somebody who is still to read most of an answer."""
+        service = self.service("".join(f"{user}: {text}\n" for user, text in CROWDED.items()))
+        sock = slow_reader(service.port("web"), b"GET /?format=text HTTP/1.0\r\n\r\n")
+        self.keep(sock)
+        ports = [service.port(face) for face in FACES]
+        service.process.terminate()
+        until(lambda: all(map(refused, ports)))
+        return service, sock
+
+    def test_answer_in_flight_is_delivered(self) -> None:
+        service, sock = self.stopping()
+        self.assertEqual(len(CROWDED), read_all(sock).count(b"x" * 1_000 + b"\n"))
+        self.assertEqual(0, service.process.wait(DEADLINE))
+
+    def test_second_signal_stops_at_once(self) -> None:
+        service, _ = self.stopping()
+        service.process.terminate()
+        self.assertNotEqual(0, service.process.wait(DEADLINE))
+
+    def activated(self, manager: socket.socket) -> tuple[list[int], Settled]:
+        """A service on listeners that are ours, and the ports."""
+        listeners = [self.keep(socket.create_server(("127.0.0.1", 0), backlog=200)) for _ in FACES]
+        high = [fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 50) for sock in listeners]
+        for number in high:
+            self.addCleanup(os.close, number)
+        environ = dict(os.environ, LISTEN_FDS="3", LISTEN_FDNAMES=":".join(FACES))
+        shell = ("sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh")
+        service = self.service(
+            program=(*shell, sys.executable, str(FINGERD)),
+            env=dict(environ, NOTIFY_SOCKET=manager.getsockname()),
+            close_fds=False,
+            preexec_fn=lambda: [os.dup2(fd, 3 + n) for n, fd in enumerate(high)],
+        )
+        return [sock.getsockname()[1] for sock in listeners], service
+
+    def test_socket_activation_loses_nobody_in_a_restart(self) -> None:
+        manager = self.keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        manager.settimeout(DEADLINE)
+        manager.bind(str(self.folder() / "notify"))
+        ports, service = self.activated(manager)
+        self.assertEqual(b"READY=1", manager.recv(99))
+        self.assertEqual(ports, [service.port(face) for face in FACES])
+        over, answered = threading.Event(), [0] * 6
+
+        def client(me: int) -> None:
+            try:
+                while not over.is_set():
+                    if me % 3 == 0:
+                        self.assertEqual(b"alive\r\n", ask(ports[0], b"shawn\r\n"))
+                    elif me % 3 == 1:
+                        self.assertEqual(b"OK\r\n", ask(ports[1], b"moshez\n%d\n" % me))
+                    else:
+                        self.assertIn(b" 200 OK\r\n", web(ports[2], "/?format=text"))
+                    answered[me] += 1
+            finally:
+                over.set()
+
+        def more() -> None:
+            wanted = [count + 20 for count in answered]
+            until(lambda: over.is_set() or all(a >= w for a, w in zip(answered, wanted)))
+
+        with ThreadPoolExecutor(6) as pool:
+            clients = [pool.submit(client, me) for me in range(6)]
+            try:
+                for _ in range(2):
+                    more()
+                    self.assertEqual(0, service.stop())
+                    self.assertEqual(b"STOPPING=1", manager.recv(99))
+                    service.start()
+                    self.assertEqual(b"READY=1", manager.recv(99))
+                more()
+            finally:
+                over.set()
+            for future in clients:
+                future.result()
+
+
+# ================================================================================================
+# replicas, surroundings, the rest of the top level, bench
+# ================================================================================================
+
+HERE = FINGERD.parent
+REAL_CLIENTS = os.environ.get("FINGERD_REAL_CLIENTS", "1") != "0"
+
+
+def needs(program: str) -> Any:
+    """Skips a test where `program` is not installed, or was tried under another Python already."""
+    there = REAL_CLIENTS and shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    return unittest.skipUnless(there, f"without {program}")
+
+
+# ---- replicas ----------------------------------------------------------------------------------
+
+
+class Replicas(ServiceCase):
+    """A users file that is another fingerd's."""
+
+    def first(self, *options: str) -> Service:
+        """A fingerd to copy, which finds its ports again when it is started again."""
+        ports: list[str] = []
+        for face in ("finger", "setter", "web"):
+            ports += [f"--{face}", f"127.0.0.1:{free_port()}"]
+        return self.service(USERS, *ports, *options, "--interval", "0.5")
+
+    def replica(self, first: Service, **more: Any) -> Service:
+        """A fingerd that copies `first` twice a second."""
+        url = f"http://127.0.0.1:{first.port('web')}/?format=text"
+        return self.service("", "--interval", "0.5", source=url, **more)
+
+    def test_a_replica_says_what_the_first_says(self) -> None:
+        first = self.first()
+        replica = self.replica(first)
+        self.assertEqual(replica.finger("moshez"), "Happy and well\r\n")
+        first.set("moshez", "gone fishing")
+        until(lambda: replica.finger("moshez") == "gone fishing\r\n")
+        first.write("shawn: still alive\n")
+        until(lambda: "still" in replica.finger("shawn"))
+        self.assertEqual(replica.finger("moshez"), "No such user\r\n")
+
+    def test_a_replica_outlives_the_first_and_itself(self) -> None:
+        first = self.first()
+        replica = self.replica(first)
+        first.set("moshez", "gone fishing")
+        until(lambda: replica.finger("moshez") == "gone fishing\r\n")
+        since = replica.finger("/W moshez")
+        first.stop()
+        replica.wait_for("Connection refused.*stays in force")
+        self.assertEqual(replica.finger("moshez"), "gone fishing\r\n")
+        replica.stop()
+        replica.start()
+        replica.wait_for("beginning with the copy")
+        self.assertEqual(replica.finger("/W moshez"), since)
+        first.start()
+        first.set("moshez", "back")
+        until(lambda: replica.finger("moshez") == "back\r\n")
+
+    def test_nothing_is_sent_while_nothing_changes(self) -> None:
+        first = self.first("-v")
+        self.replica(first)
+        first.wait_for("GET '/': 200")
+        first.wait_for("GET '/': 304")
+
+    def test_a_private_first_has_no_list_to_copy(self) -> None:
+        first = self.first("--private")
+        replica = self.replica(first, ready=False)
+        self.assertEqual(replica.process.wait(DEADLINE), 1)
+        until(lambda: replica.log)
+        self.assertIn("403", replica.log[-1])
+
+    def test_half_an_answer_is_refused(self) -> None:
+        def serve() -> None:
+            for answer in (b"", b"Content-Length: 30\r\n"):
+                with listener.accept()[0] as sock:
+                    sock.recv(65536)
+                    sock.sendall(b"HTTP/1.0 200 OK\r\n%s\r\nmoshez: Happy\n" % answer)
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=serve)
+            thread.start()
+            port = listener.getsockname()[1]
+            source = fingerd.UrlSource(f"http://127.0.0.1:{port}/", None)
+            reading = source.read({})
+            self.assertEqual(reading and reading.users.texts, {"moshez": "Happy"})
+            with self.assertRaisesRegex(fingerd.UsersError, "broke off"):
+                source.read({})
+            thread.join()
+
+    @needs("haproxy")
+    def test_behind_haproxy_nobody_notices_that_one_is_killed(self) -> None:
+        first = self.first()
+        second = self.replica(first)
+        ports = {"79": free_port(), "80": free_port()}
+        for name, service in (("7979", first), ("7980", second)):
+            ports[name] = service.port("finger")
+        ports["8000"], ports["8001"] = first.port("web"), second.port("web")
+        config = re.search(r"^defaults\n.*?(?=^```)", README, re.M | re.S)
+        assert config
+        text = re.sub(r":(\d+)\b", lambda match: f"127.0.0.1:{ports[match[1]]}", config[0])
+        path = first.folder / "haproxy.cfg"
+        path.write_text(text.replace("127.0.0.1127.0.0.1", "127.0.0.1"))
+        proxy = subprocess.Popen(["haproxy", "-db", "-f", path], env=ENVIRONMENT)
+        self.addCleanup(proxy.wait)
+        self.addCleanup(proxy.kill)
+        until(lambda: not refused(ports["79"]) and not refused(ports["80"]))
+
+        def asked() -> None:
+            self.assertEqual(ask(ports["79"], b"moshez\r\n"), b"gone fishing\r\n")
+            url = f"http://127.0.0.1:{ports['80']}/moshez?format=text"
+            with urllib.request.urlopen(url, timeout=DEADLINE) as response:
+                self.assertEqual(response.read(), b"gone fishing\n")
+
+        first.set("moshez", "gone fishing")
+        until(lambda: second.finger("moshez") == "gone fishing\r\n")
+        for _ in range(20):
+            asked()
+        first.process.kill()
+        first.process.wait()
+        for _ in range(100):
+            asked()
+
+
+# ---- odd surroundings --------------------------------------------------------------------------
+
+
+class Surroundings(ServiceCase):
+    """The same answers, wherever and however it is started."""
+
+    def check(self, *flags: str, **popen: Any) -> None:
+        """All faces work under an interpreter with `flags`, and nothing is complained about."""
+        program = (sys.executable, *flags, str(FINGERD))
+        service = self.service("zoé: At the café ☕\n", program=program, **popen)
+        self.assertEqual(service.finger("zoé"), "At the café ☕\r\n")
+        self.assertEqual(service.set("zoé", "bientôt"), "OK\r\n")
+        self.assertIn("bientôt\n".encode(), ask(service.port("web"), WEB_QUERY))
+        self.assertIn("bientôt</string>".encode(), ask(service.port("web"), RPC_QUERY))
+        self.assertEqual(service.stop(), 0)
+        self.assertEqual([line for line in service.log if " INFO " not in line], [])
+
+    def test_with_every_warning_an_error(self) -> None:
+        self.check("-X", "dev", "-W", "error", "-bb")
+
+    def test_without_site_packages_and_environment(self) -> None:
+        self.check("-S", "-I")
+
+    def test_in_the_c_locale(self) -> None:
+        self.check(env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+
+    def test_in_a_folder_that_cannot_be_written(self) -> None:
+        self.check(cwd="/proc")
+
+    def test_without_ipv6(self) -> None:
+        without = mock.patch("socket.has_dualstack_ipv6", return_value=False)
+        with without, fingerd.listen("finger", fingerd.Address("", 0)) as listener:
+            self.assertEqual(listener.family, socket.AF_INET)
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "without IPv6")
+    def test_with_ipv6(self) -> None:
+        service = self.service(USERS, "--finger", "0", "--web", "[::1]:0")
+        port = service.port("finger")
+        for host in ("127.0.0.1", "::1"):
+            self.assertEqual(ask(port, b"moshez\r\n", host=host), b"Happy and well\r\n")
+            self.assertEqual(ask(port, f"moshez@[{host}]".encode(), host=host)[:5], b"Happy")
+        self.assertIn(b"200 OK", ask(service.port("web"), b"HEAD / HTTP/1.0\r\n\r\n", host="::1"))
+
+
+WEB_QUERY = b"GET /zo%C3%A9?format=text HTTP/1.0\r\n\r\n"
+RPC_BODY = (
+    b"<methodCall><methodName>getUser</methodName><params><param><value>%s</value></param></params></methodCall>"
+    % "zoé".encode()
+)
+RPC_QUERY = b"POST /RPC2 HTTP/1.0\r\nContent-Length: %d\r\n\r\n%s" % (len(RPC_BODY), RPC_BODY)
+
+
+# ---- the rest of the top level -----------------------------------------------------------------
+
+
+class TopLevel(ServiceCase):
+    """README, Makefile, users.example."""
+
+    def test_the_example_has_nothing_wrong(self) -> None:
+        done = subprocess.run([sys.executable, FINGERD, "--check", HERE / "users.example"])
+        self.assertEqual(done.returncode, 0)
+
+    def test_the_readme_has_every_option(self) -> None:
+        environment = {**os.environ, "COLUMNS": "100"}
+        command = [sys.executable, str(FINGERD), "--help"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
+        for option in re.findall(r"--[a-z-]+", done.stdout.decode()):
+            self.assertIn(option, README)
+
+    @needs("curl")
+    @needs("nc")
+    def test_the_readmes_transcript_is_true(self) -> None:
+        service = self.service((HERE / "users.example").read_text(encoding="utf-8"))
+        ports = {"7979": "finger", "1079": "setter", "8000": "web"}
+        tour = README[README.index("## Five minutes") : README.index("## The rules")]
+        session = re.findall(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ |```).*\n)*)", tour, re.M)
+        for command, answer in session[1:]:
+            for port, face in ports.items():
+                command = command.replace(port, str(service.port(face)))
+            command = re.sub(r"^> ", "", command, flags=re.M).replace("python3", sys.executable)
+            with self.subTest(command):
+                done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, timeout=DEADLINE)
+                said = done.stdout.decode().replace("\r", "")
+                self.assertEqual(
+                    *(re.sub(r"\d{4}-\d\d-\d\d[ T][\d:]+", "T", text) for text in (said, answer))
+                )
+
+    @unittest.skipUnless(shutil.which("make"), "without make")
+    def test_make_install_makes_units_that_systemd_accepts(self) -> None:
+        with tempfile.TemporaryDirectory() as prefix:
+            subprocess.run(["make", "-s", "install", f"PREFIX={prefix}"], cwd=HERE, check=True)
+            units = pathlib.Path(prefix, "lib/systemd/system")
+            self.assertTrue(os.access(f"{prefix}/bin/fingerd", os.X_OK))
+            if not shutil.which("systemd-analyze"):
+                self.skipTest("without systemd-analyze")
+            command = ["systemd-analyze", "verify", "--man=no", *units.iterdir()]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual((done.returncode, done.stdout), (0, b""))
+            command = ["systemd-analyze", "security", "--offline=true", units / "fingerd.service"]
+            done = subprocess.run(command, stdout=subprocess.PIPE)
+            exposure = re.search(r"exposure level .*: ([\d.]+)", done.stdout.decode())
+            assert exposure
+            self.assertLess(float(exposure[1]), 2.0)
+
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+ENVIRONMENT = {**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+LOOP = """
+import socket, sys
+with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        peer, _ = listener.accept()
+        peer.recv(65536)
+        peer.sendall(%r)
+        peer.close()
+"""
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has used; 0 where /proc cannot tell."""
+    with contextlib.suppress(OSError):
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def measure(pid: int, port: int, query: bytes, expected: bytes, count: int) -> tuple[float, float]:
+    """Answers a second and microseconds of CPU per answer; a wrong answer ends the bench."""
+    before, began = cpu_seconds(pid), time.monotonic()
+    for _ in range(count):
+        answer = ask(port, query, half_close=False)
+        if expected not in answer:
+            raise SystemExit(f"wrong answer: {answer!r}")
+    seconds = time.monotonic() - began
+    return count / seconds, (cpu_seconds(pid) - before) / count * 1e6
+
+
+def bench() -> None:
+    """Print each face's figures beside those of the smallest loop that could give its answers."""
+    service = Service()
+    count, rounds = int(os.environ.get("COUNT", "3000")), 3
+    try:
+        print("face       answers/s      loop   ratio   CPU/answer      loop   ratio")
+        for face, query in BENCH.items():
+            port = service.port("finger" if face == "finger" else "web")
+            answer = ask(port, query, half_close=False)
+            loop = subprocess.Popen([sys.executable, "-c", LOOP % answer], stdout=subprocess.PIPE)
+            assert loop.stdout
+            with loop.stdout:
+                loop_port = int(loop.stdout.readline())
+            got = [[], []]  # type: list[list[tuple[float, float]]]
+            for _ in range(rounds):
+                for figures, (pid, where) in zip(
+                    got, ((service.process.pid, port), (loop.pid, loop_port))
+                ):
+                    figures.append(measure(pid, where, query, b"Happy and well", count))
+            loop.kill()
+            loop.wait()
+            (rate, cpu), (loop_rate, loop_cpu) = (
+                map(statistics.median, zip(*figures)) for figures in got
+            )
+            print(
+                f"{face:8} {rate:11.0f} {loop_rate:9.0f} {rate / loop_rate:7.2f}"
+                f" {cpu:9.1f} us {loop_cpu:6.1f} us {cpu / max(loop_cpu, 0.1):7.2f}"
+            )
+    finally:
+        service.close()
+
+
+BENCH = {
+    "finger": b"moshez\r\n",
+    "web": b"GET /moshez HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "XML-RPC": RPC_QUERY.replace("zoé".encode(), b"moshez").replace(
+        b"%d" % len(RPC_BODY), b"%d" % (len(RPC_BODY) + 2)
+    ),
+}
+
+
+# ---- everything side by side -------------------------------------------------------------------
+
+
+def run_case(name: str) -> tuple[int, int, int, str]:
+    """How many tests of a class passed, failed and were skipped, and what is to be read of it."""
+    output = io.StringIO()
+    suite = unittest.defaultTestLoader.loadTestsFromName(f"test_fingerd.{name}")
+    result = unittest.TextTestRunner(output, verbosity=0).run(suite)
+    failed = len(result.failures) + len(result.errors)
+    skipped = len(result.skipped)
+    text = output.getvalue() if failed else ""
+    return max(0, result.testsRun - failed - skipped), failed, skipped, text
+
+
+def run_all() -> int:
+    """Run the test classes side by side, since most of what they do is wait; the exit status."""
+    names = [name for name, value in globals().items()
+             if isinstance(value, type) and issubclass(value, unittest.TestCase)
+             and any(key.startswith("test_") for key in vars(value))]  # fmt: skip
+    names.sort(key=lambda name: name not in SLOW)
+    spawn = multiprocessing.get_context("spawn")
+    passed = failed = skipped = 0
+    with concurrent.futures.ProcessPoolExecutor(JOBS, mp_context=spawn) as pool:
+        for figures in pool.map(run_case, names):
+            passed, failed, skipped = passed + figures[0], failed + figures[1], skipped + figures[2]
+            print(figures[3], end="", flush=True)
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+JOBS = int(os.environ.get("JOBS", "5"))
+SLOW = ("HostileTest", "InspircdTest", "DurabilityTest", "Replicas", "BotTest", "RealClients")
+
+
+if __name__ == "__main__":
+    sys.exit(bench() if sys.argv[1:] == ["bench"] else run_all())
