@@ -102,13 +102,14 @@ FINGER_SECONDS, FINGER_CEILING = 10.0, 512  # a whole query; connections at work
 SETTER_SECONDS, SETTER_CEILING = 60.0, 64
 WEB_SECONDS, WEB_CEILING = 15.0, 256  # for a request, the idle time in front of it included
 SEND_SECONDS, SLOWEST_READER = 10.0, 100_000  # to take an answer, and a second more per 100 kB
-DRAIN_SECONDS, DRAIN_BYTES = 1.0, 65_536  # for what a peer still sends after its answer
+DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a peer still sends after its answer
 RECEIVE_BYTES = BLOCK_BYTES = 65_536  # taken at once from a socket, from a file
 SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
 FETCH_SECONDS = 10.0  # for a users file on another server
-GATHER_SECONDS = 0.005  # in which messages gather for one commit when many come
+GATHER_SECONDS = 0.005  # in which messages gather for one commit,
+BUSY_SECONDS = 1.0  # for so long after some have come together
 PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor for it
 FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in such a time
 BURST = 256  # connections accepted before the server looks at its own affairs again
@@ -291,7 +292,8 @@ def parse_finger_line(line: str) -> FingerQuery:
 @functools.lru_cache(maxsize=1024)  # most ask for the same few: 2.2 µs less per answer
 def _parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     start = _TELNET.match(data).end()  # type: ignore[union-attr]  # it matches the empty string
-    end = _LINE_END.search(data, start)
+    unfinished = data.startswith(b"\xff\xfa", start)  # what telnet negotiates may hold an LF
+    end = None if unfinished else _LINE_END.search(data, start)
     size = end.start() if end else len(data) - data.endswith(b"\r")
     if size > MAX_QUERY:
         return FingerQuery(too_long=True)
@@ -817,14 +819,18 @@ class StateFile:
         except ImportError:
             raise NotKept("this Python has no sqlite3") from None
         self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-        try:
-            self._lock = self._sole_use(path)
-            self._db = sqlite3.connect(
-                str(path), timeout=2.0, isolation_level=None, check_same_thread=False
-            )
-            self._prepare()
-        except self.errors as problem:
-            raise NotKept(f"{path}: {problem}") from None
+        with contextlib.ExitStack() as undo:
+            try:
+                self._lock = self._sole_use(path)
+                undo.callback(os.close, self._lock)
+                self._db = sqlite3.connect(
+                    str(path), timeout=2.0, isolation_level=None, check_same_thread=False
+                )
+                undo.callback(self._db.close)
+                self._prepare()
+            except self.errors as problem:
+                raise NotKept(f"{path}: {problem}") from None
+            undo.pop_all()
 
     @staticmethod
     def _sole_use(path: pathlib.Path) -> int:
@@ -954,7 +960,7 @@ class StatusStore:
         self._company = threading.Condition()  # of those who wait for a commit
         self._orders: list[_Order] = []
         self._committing = False
-        self._busy = False  # the last commit was for more than one
+        self._busy_until = 0.0  # a while ago, more than one came together
         self._messages = state.load() if state else {}
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
@@ -1040,11 +1046,12 @@ class StatusStore:
 
     def _carry_out_all(self) -> None:
         """Carry out every order that waits, and let those who gave them go on."""
-        if self._busy:
+        if time.monotonic() < self._busy_until:
             time.sleep(GATHER_SECONDS)
         with self._company:
             orders, self._orders = self._orders, []
-        self._busy = len(orders) > 1
+        if len(orders) > 1:
+            self._busy_until = time.monotonic() + BUSY_SECONDS
         try:
             with self._writing:
                 self._carry_out(orders)
@@ -1131,7 +1138,7 @@ class Policy(NamedTuple):
 def is_this_machine(host: str, policy: Policy, reached: str) -> bool:
     """Whether `host` in a query names this machine, which the client reached at `reached`."""
     host = host.lower().rstrip(".")
-    return host in policy.hostnames or host.strip("[]") == reached
+    return host in policy.hostnames or (host != "" and host.strip("[]") == reached)
 
 
 def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
@@ -2059,6 +2066,7 @@ class Peer:
             if self.crowd and self.closing and not self.ended:
                 self.sock.shutdown(socket.SHUT_WR)
                 self.allow(DRAIN_SECONDS)
+                self.data = b""
                 while not self.ended and len(self.data) < DRAIN_BYTES:
                     self.receive()
         except OSError:

@@ -3866,10 +3866,10 @@ class Replicas(ServiceCase):
 
     def first(self, *options: str) -> Service:
         """A fingerd to copy, which finds its ports again when it is started again."""
-        ports: list[str] = []
+        first = self.service(USERS, *options, "--interval", "0.5")
         for face in ("finger", "setter", "web"):
-            ports += [f"--{face}", f"127.0.0.1:{free_port()}"]
-        return self.service(USERS, *ports, *options, "--interval", "0.5")
+            first.options += [f"--{face}", f"127.0.0.1:{first.port(face)}"]
+        return first
 
     def replica(self, first: Service, **more: Any) -> Service:
         """A fingerd that copies `first` twice a second."""
