@@ -19,6 +19,7 @@ command line. A name is used only below its definition.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import base64
 import collections
@@ -466,9 +467,11 @@ def parse_http_head(data: bytes, ended: bool) -> HttpHead | None:
     """The request head at the front of `data`, or None while it is incomplete."""
     begun = data.lstrip(b"\r\n")  # some clients end a body with an empty line too many
     end = _HEAD_END.search(data, len(data) - len(begun))
-    if end:
-        return judge_http_head(data[: end.end()])
-    problem = size_problem(begun.split(b"\n")) or (431 if len(data) > MAX_HTTP_HEAD else 0)
+    head = data[: end.end()] if end else data
+    if end and len(head) <= MAX_HTTP_HEAD:
+        return judge_http_head(head)
+    lines = head.lstrip(b"\r\n").split(b"\n")
+    problem = size_problem(lines) or (431 if len(head) > MAX_HTTP_HEAD else 0)
     return HttpHead(problem) if problem else None
 
 
@@ -793,6 +796,10 @@ class NotKept(Exception):
     """A message could not be kept, and nothing changed; the text says why in plain words."""
 
 
+class InUse(NotKept):
+    """The state file is another fingerd's."""
+
+
 class StateFile:
     """What was set, on disk: SQLite, a row a user, readable with the sqlite3 tool.
 
@@ -835,13 +842,14 @@ class StateFile:
     @staticmethod
     def _sole_use(path: pathlib.Path) -> int:
         """A lock on a file of its own: SQLite's locks on the database would go with this one."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        lock = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        os.close(os.open(path, flags, 0o600))
+        lock = os.open(f"{path}-lock", flags, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise OSError("another fingerd is using it") from None
+            raise InUse(f"{path}: another fingerd is using it") from None
         return lock
 
     def _prepare(self) -> None:
@@ -998,18 +1006,21 @@ class StatusStore:
             dates = {user: since for user, since in old.dates.items() if user in texts}
             dates.update(dict.fromkeys(() if first else changed, when))
             same_names = not gone and all(old.file.get(user) and texts[user] for user in changed)
+            heard = {
+                user: Status(message.text, message.since)
+                for user, message in self._messages.items()
+                if message.covers == texts.get(user)
+            }
             new = old._replace(
                 file=texts,
                 loaded=when if first else old.loaded,
                 dates=dates,
                 names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
-                heard={
-                    user: Status(message.text, message.since)
-                    for user, message in self._messages.items()
-                    if message.covers == texts.get(user)
-                },
+                heard=heard,
+                others=sorted(user for user in heard if not texts.get(user)),
             )
-            self._publish(new, when, () if first else changed)
+            latest = max((status.since for status in heard.values()), default=when)
+            self._publish(new, max(when, latest), () if first else changed)
         return True
 
     def _forget_outdated(self, texts: Mapping[str, str]) -> None:
@@ -1096,7 +1107,12 @@ class StatusStore:
             if message:
                 heard[user] = Status(message.text, message.since)
                 self._messages[user] = message
-        self._publish(old._replace(heard=heard), when, changes)
+        others = old.others
+        if any(
+            not old.file.get(user) and (user in old.heard) != (user in heard) for user in changes
+        ):
+            others = sorted(user for user in heard if not old.file.get(user))
+        self._publish(old._replace(heard=heard, others=others), when, changes)
 
     def _publish(self, new: Snapshot, when: float, users: Iterable[str]) -> None:
         """Make `new` what is visible; `users` are those who may have another text by it."""
@@ -1106,9 +1122,7 @@ class StatusStore:
             if after and (before is None or before.text != after.text):
                 version += 1
                 self._changes.append(Change(version, user, after.text))
-        latest = max((status.since for status in new.heard.values()), default=when)
-        others = sorted(user for user in new.heard if not new.file.get(user))
-        self._now = new._replace(version=version, changed=max(when, latest), others=others)
+        self._now = new._replace(version=version, changed=when)
 
     def close(self) -> None:
         """Let go of the state file, once nobody writes any more."""
@@ -1198,14 +1212,14 @@ class Page(NamedTuple):
 
 
 def in_pieces(texts: Iterable[str]) -> list[bytes]:
-    """`texts` as UTF-8, some 64 KiB apiece."""
+    """`texts` as UTF-8, in pieces of up to BLOCK_BYTES."""
     pieces: list[bytes] = []
     texts = iter(texts)
     while True:
-        piece = "".join(itertools.islice(texts, 1_000)).encode()
-        if not piece:
+        some = "".join(itertools.islice(texts, 1_000)).encode()
+        if not some:
             return pieces
-        pieces.append(piece)
+        pieces += [some[at : at + BLOCK_BYTES] for at in range(0, len(some), BLOCK_BYTES)]
 
 
 def make_page(status: int, name: str, texts: Iterable[str], since: float | None = None) -> Page:
@@ -1908,20 +1922,21 @@ class Crowd:
 
     When it is full, the next one takes the place of a peer that keeps us waiting: the oldest of
     the address that holds most, so that honest clients, who are done in milliseconds, always get
-    in. A peer that is being answered is never dismissed.
+    in. A peer that is being answered is never dismissed, but where nobody else can be, one that
+    has taken more than SEND_SECONDS to take its answer.
     """
 
-    def __init__(self, ceiling: int) -> None:
-        self._ceiling = ceiling
+    def __init__(self, ceiling: int, patience: float) -> None:
+        self._ceiling, self._patience = ceiling, patience
         self._lock = threading.Condition()
         self._peers: dict[bytes, dict[Peer, None]] = {}  # by network; the oldest in front
         self._size = 0
         self._closed = False
 
     def enter(self, peer: Peer) -> None:
-        """Let `peer` in; raises Dismissed if there is no room to be had."""
+        """Let `peer` in; raises Dismissed if no room can be had within `patience` seconds."""
         with self._lock:
-            if self._closed or (self._size >= self._ceiling and not self._make_room()):
+            if self._closed or not self._lock.wait_for(self._has_room, self._patience):
                 raise Dismissed
             self._peers.setdefault(peer.network, {})[peer] = None
             self._size += 1
@@ -1966,13 +1981,19 @@ class Crowd:
         with self._lock:
             return self._lock.wait_for(lambda: not self._size, seconds)
 
+    def _has_room(self) -> bool:
+        return self._size < self._ceiling or self._make_room()
+
     def _make_room(self) -> bool:
-        for peers in sorted(self._peers.values(), key=len, reverse=True):
-            for peer in peers:
-                if peer.waiting:
-                    self._dismiss(peer)
-                    return True
-        return False
+        now = time.monotonic()
+        by_size = sorted(self._peers.values(), key=len, reverse=True)
+        peers = [peer for peers in by_size for peer in peers]
+        waiting = (peer for peer in peers if peer.waiting)
+        slow = (peer for peer in peers if peer.slow_at < now)
+        peer = next(itertools.chain(waiting, slow), None)
+        if peer:
+            self._dismiss(peer)
+        return peer is not None
 
     def _dismiss(self, peer: Peer) -> None:
         peer.dismissed = True
@@ -1995,7 +2016,7 @@ class Peer:
     """
 
     __slots__ = ("sock", "address", "network", "deadline", "crowd", "data", "rest", "ended",
-                 "closing", "waiting", "dismissed")  # fmt: skip
+                 "closing", "waiting", "dismissed", "slow_at")  # fmt: skip
 
     def __init__(self, sock: socket.SocketType, address: str, seconds: float) -> None:
         self.sock, self.address = sock, address
@@ -2004,6 +2025,7 @@ class Peer:
         self.network = b""  # known when it joins the crowd
         self.data = self.rest = b""  # what came and is not used up; what is still to be sent
         self.ended = self.closing = self.waiting = self.dismissed = False
+        self.slow_at = math.inf  # from then on it is slow to take an answer
 
     def join(self, crowd: Crowd) -> None:
         """Become one of those who may wait."""
@@ -2057,8 +2079,10 @@ class Peer:
                 raise NotYet
             return
         self.allow(SEND_SECONDS + sum(map(len, pieces)) / SLOWEST_READER)
+        self.slow_at = time.monotonic() + SEND_SECONDS
         for piece in pieces:
             self.sock.sendall(piece)
+        self.slow_at = math.inf
 
     def finish(self) -> None:
         """Close: FIN, then take what still comes for a while, lest a reset eat the answer."""
@@ -2100,6 +2124,7 @@ class Server(socketserver.ThreadingTCPServer):
     block_on_close = False
     face = ""
     seconds, ceiling = 0.0, 0
+    patience = 0.0  # seconds for which accepting may wait for room
     handler = socketserver.BaseRequestHandler
 
     def __init__(self, listening: socket.socket) -> None:
@@ -2110,7 +2135,7 @@ class Server(socketserver.ThreadingTCPServer):
         listening.setblocking(False)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when the query is there, or after 1 s
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
-        self.crowd = Crowd(self.ceiling)
+        self.crowd = Crowd(self.ceiling, self.patience)
         self.next_look = 0.0
         self.accepting = True  # as far as was logged
 
@@ -2165,7 +2190,8 @@ class Server(socketserver.ThreadingTCPServer):
             self.finish_request(request, client_address)
         except NotYet:
             request.join(self.crowd)
-            super().process_request(request, client_address)
+            # A Thread object takes twice as long to start, and a flood of them is what we stand.
+            _thread.start_new_thread(self.process_request_thread, (request, client_address))
         else:
             request.sock.close()
 
@@ -2238,6 +2264,7 @@ class SetterServer(Server):
     """Lets whoever can reach it set a user's message; `refresh` looks at the users file first."""
 
     face, seconds, ceiling = "setter", SETTER_SECONDS, SETTER_CEILING
+    patience = 1.0  # all may be busy with the disk, and nobody is answered in place here
 
     def __init__(
         self, listening: socket.socket, store: StatusStore, refresh: Callable[[], None]
@@ -2420,6 +2447,14 @@ def bounded_blocks(
         raise UsersError(f"broke off after {size} bytes")
 
 
+def read_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
+    """What the users file in `blocks` says; raises UsersError where it names too many users."""
+    users = parse_users(blocks, known)
+    if len(users.texts) > MAX_USERS:
+        raise UsersError(f"more than {MAX_USERS} users")
+    return users
+
+
 class Reading(NamedTuple):
     """One look at the users file."""
 
@@ -2460,15 +2495,17 @@ class FileSource:
         """What the file says now; raises UsersError."""
         try:
             if not stat.S_ISREG(self._path.stat().st_mode):  # opening a device may do anything
-                raise UsersError(f"{self._path}: not a regular file")
+                raise UsersError("not a regular file")
             with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 before = os.fstat(file.fileno())
                 if before.st_size > MAX_FILE:
-                    raise UsersError(f"{self._path}: larger than {MAX_FILE} bytes")
-                users = parse_users(bounded_blocks(file.read), known)
+                    raise UsersError(f"larger than {MAX_FILE} bytes")
+                users = read_users(bounded_blocks(file.read), known)
                 after = self._signature(os.fstat(file.fileno()))
         except OSError:
             raise UsersError(blocking_path(self._path)) from None
+        except UsersError as problem:
+            raise UsersError(f"{self._path}: {problem}") from None
         steady = self.settled() and after == self._signature(before)
         self._seen = after if steady else ()
         return Reading(users, max(0.0, min(before.st_mtime, time.time())), steady)
@@ -2523,7 +2560,7 @@ class UrlSource:
             with self._open(self._request, timeout=FETCH_SECONDS) as response:
                 headers = response.headers
                 expected = int(headers.get("Content-Length", 0))
-                users = parse_users(bounded_blocks(response.read1, expected, deadline), known)
+                users = read_users(bounded_blocks(response.read1, expected, deadline), known)
         except OSError as problem:
             if getattr(problem, "code", 0) == http.HTTPStatus.NOT_MODIFIED:
                 return None
@@ -2622,8 +2659,6 @@ class Reloader(threading.Timer):
         if not reading:
             return
         users = reading.users
-        if len(users.texts) > MAX_USERS:
-            raise UsersError(f"{self._source}: more than {MAX_USERS} users")
         first = not self._store.snapshot().version
         when = reading.modified if first else time.time()
         if self._store.replace_file(users.texts, when) or users.problems != self._problems:
@@ -2914,11 +2949,15 @@ def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
         return {}
     names = environ.get("LISTEN_FDNAMES", "").split(":")
     listeners = {}
-    for number in range(int(environ.get("LISTEN_FDS", "0"))):
+    count = environ.get("LISTEN_FDS", "0")
+    for number in range(int(count) if count.isdigit() else 0):
         name = names[number] if number < len(names) else ""
         if name not in FACES or name in listeners:
             raise StartError(f"LISTEN_FDNAMES: one each of {', '.join(FACES)}, not {name!a}")
-        listeners[name] = socket.socket(fileno=3 + number)
+        try:
+            listeners[name] = socket.socket(fileno=3 + number)
+        except OSError as problem:
+            raise StartError(f"LISTEN_FDS: {name}: {problem.strerror}") from None
         listeners[name].set_inheritable(False)
     return listeners
 
@@ -2997,6 +3036,8 @@ def open_default_state(path: pathlib.Path, owner: Identity | None) -> StateFile 
             for file in [path.parent, *path.parent.glob(path.name + "*")]:
                 os.chown(file, owner.uid, owner.gid, follow_symlinks=False)
         return state
+    except InUse:
+        raise
     except (NotKept, OSError) as problem:
         log.warning("messages will be lost at the end, for lack of a state file: %s", problem)
         return None
@@ -3244,8 +3285,9 @@ class Services(NamedTuple):
 
 def build_services(options: argparse.Namespace) -> Services:
     """Everything, ready to be started; StartError or NotKept where that cannot be."""
-    identity = find_identity(options.run_as or "1:1") if os.geteuid() == 0 else None
-    if options.run_as and not identity:
+    run_as = "1:1" if options.run_as is None else options.run_as
+    identity = find_identity(run_as) if os.geteuid() == 0 else None
+    if options.run_as is not None and not identity:
         raise StartError("--run-as: only root can become somebody else")
     listeners, irc = bind(options), irc_options(options)
     policy = make_policy(options, listeners)
@@ -3268,7 +3310,9 @@ def build_services(options: argparse.Namespace) -> Services:
     if "finger" in listeners:
         servers.append(FingerServer(listeners["finger"], store, policy))
     if "setter" in listeners:
-        servers.append(SetterServer(listeners["setter"], store, reloader.refresh))
+        # Another server is not asked again for each message: it may not even be there.
+        refresh = reloader.refresh if not is_url(options.users) else lambda: None
+        servers.append(SetterServer(listeners["setter"], store, refresh))
     if "web" in listeners:
         servers.append(WebServer(listeners["web"], store, policy))
     return Services(store, reloader, servers, bot)
@@ -3296,6 +3340,7 @@ def stop(services: Services) -> None:
     for stopper in stoppers:
         stopper.join()
     services.store.close()
+    log.info("stopped")
 
 
 def serve(services: Services) -> None:
@@ -3323,6 +3368,7 @@ def raise_descriptor_limit() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the service; the exit status."""
     options = parse_args(arguments)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it can wait until we are ready
     try:
         if options.check:
             return check(find_source(options, None))
