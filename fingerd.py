@@ -52,6 +52,7 @@ import signal
 import socket
 import socketserver
 import stat
+import struct
 import sys
 import threading
 import time
@@ -104,9 +105,11 @@ SETTER_SECONDS, SETTER_CEILING = 60.0, 64
 WEB_SECONDS, WEB_CEILING = 15.0, 256  # for a request, the idle time in front of it included
 SEND_SECONDS, SLOWEST_READER = 10.0, 100_000  # to take an answer, and a second more per 100 kB
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a peer still sends after its answer
-RECEIVE_BYTES = BLOCK_BYTES = 65_536  # taken at once from a socket, from a file
+RECEIVE_BYTES = 4_096  # taken at once from a socket; a parser may remember as much of a stranger's
+BLOCK_BYTES = 65_536  # taken at once from a file, and sent at once
 SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
+ACCEPT_SECONDS = 0.25  # for which accepting waits before the server looks at its own affairs
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
 FETCH_SECONDS = 10.0  # for a users file on another server
 GATHER_SECONDS = 0.005  # in which messages gather for one commit,
@@ -291,7 +294,11 @@ def parse_finger_line(line: str) -> FingerQuery:
 
 
 @functools.lru_cache(maxsize=1024)  # most ask for the same few: 2.2 µs less per answer
-def _parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
+def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
+    """The query in what a client has sent so far, or None while its line has not ended.
+
+    LF, CRLF, CR NUL or the end of the stream ends it; telnet negotiation in front is passed over.
+    """
     start = _TELNET.match(data).end()  # type: ignore[union-attr]  # it matches the empty string
     unfinished = data.startswith(b"\xff\xfa", start)  # what telnet negotiates may hold an LF
     end = None if unfinished else _LINE_END.search(data, start)
@@ -299,14 +306,6 @@ def _parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     if size > MAX_QUERY:
         return FingerQuery(too_long=True)
     return parse_finger_line(clean(decode(data[start:size]))) if end or ended else None
-
-
-def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
-    """The query in what a client has sent so far, or None while its line has not ended.
-
-    LF, CRLF, CR NUL or the end of the stream ends it; telnet negotiation in front is passed over.
-    """
-    return _parse_finger(data[: MAX_QUERY + 2], ended)
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
@@ -2015,17 +2014,15 @@ class Peer:
     same handler then runs again in a thread of its own, with the bytes that have come by then.
     """
 
-    __slots__ = ("sock", "address", "network", "deadline", "crowd", "data", "rest", "ended",
-                 "closing", "waiting", "dismissed", "slow_at")  # fmt: skip
+    crowd: Crowd | None = None
+    network = b""  # known when it joins the crowd
+    data = rest = b""  # what came and is not used up; what is still to be sent
+    ended = closing = waiting = dismissed = False
+    slow_at = math.inf  # from then on it is slow to take an answer
 
     def __init__(self, sock: socket.SocketType, address: str, seconds: float) -> None:
         self.sock, self.address = sock, address
         self.deadline = time.monotonic() + seconds
-        self.crowd: Crowd | None = None
-        self.network = b""  # known when it joins the crowd
-        self.data = self.rest = b""  # what came and is not used up; what is still to be sent
-        self.ended = self.closing = self.waiting = self.dismissed = False
-        self.slow_at = math.inf  # from then on it is slow to take an answer
 
     def join(self, crowd: Crowd) -> None:
         """Become one of those who may wait."""
@@ -2133,6 +2130,10 @@ class Server(socketserver.ThreadingTCPServer):
         self.socket = listening
         self.address_family = int(listening.family)  # as an enum it is slow
         listening.setblocking(False)
+        if sys.platform == "linux":  # there accept waits by itself: 3 µs less than with a poll
+            timeval = struct.pack("ll", 0, int(ACCEPT_SECONDS * 1e6))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            listening.setblocking(True)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when the query is there, or after 1 s
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         self.crowd = Crowd(self.ceiling, self.patience)
@@ -2222,6 +2223,7 @@ class Server(socketserver.ThreadingTCPServer):
         Takes until `deadline` (time.monotonic()) at the longest.
         """
         self.shutdown()
+        self.socket.setblocking(False)
         until = time.monotonic() + QUEUE_SECONDS
         while not self.accept_all() and time.monotonic() < until:
             pass
