@@ -1083,6 +1083,19 @@ class Served(unittest.TestCase):
 
 
 class Finger(Served):
+    def test_who_types_slowly_is_waited_for(self) -> None:
+        for face, query, answer in (
+            ("finger", b"moshez", b"Happy and well\r\n"),
+            ("setter", b"nobody\nback", b"OK\r\n"),
+            ("web", b"GET /moshez?format=text HTTP/1.0\r\n", b"Happy and well\n"),
+        ):
+            with socket.create_connection(("127.0.0.1", self.service.port(face)), DEADLINE) as sock:
+                for byte in (query[:3], query[3:]):
+                    sock.sendall(byte)
+                    self.assertEqual(select.select([sock], [], [], 1.2)[0], [], "closed too early")
+                sock.sendall(b"\r\n")
+                self.assertTrue(read_all(sock).endswith(answer))
+
     def test_answers(self) -> None:
         happy, nobody = b"Happy and well\r\n", b"No such user\r\n"
         denied = b"Finger forwarding service denied\r\n"
