@@ -1918,33 +1918,39 @@ long_work = LongWork()
 class Crowd:
     """The peers that hold a thread of one server: no more than `ceiling` at a time.
 
-    When it is full, the next one takes the place of a peer that keeps us waiting: the oldest of
-    the address that holds most, so that honest clients, who are done in milliseconds, always get
-    in. A peer that is being answered is never dismissed, but where nobody else can be, one that
-    has taken more than SEND_SECONDS to take its answer.
+    When it is nearly full, the next one takes the place of a peer that keeps us waiting: the
+    oldest of the address that holds most, so that honest clients, who are done in milliseconds,
+    always get in. An eighth of the places is for those whose threads are still on their way out.
+    A peer that is being answered is never dismissed, but where nobody else can be, one that has
+    taken more than SEND_SECONDS to take its answer.
     """
 
     def __init__(self, ceiling: int, patience: float) -> None:
         self._ceiling, self._patience = ceiling, patience
         self._lock = threading.Condition()
         self._peers: dict[bytes, dict[Peer, None]] = {}  # by network; the oldest in front
-        self._size = 0
+        self._staying = self._threads = 0  # peers in there; threads, those of the dismissed too
         self._closed = False
 
     def enter(self, peer: Peer) -> None:
         """Let `peer` in; raises Dismissed if no room can be had within `patience` seconds."""
         with self._lock:
-            if self._closed or not self._lock.wait_for(self._has_room, self._patience):
+            if self._staying >= self._ceiling - self._ceiling // 8:
+                self._make_room()
+            room = self._lock.wait_for(lambda: self._threads < self._ceiling, self._patience)
+            if self._closed or not room:
                 raise Dismissed
             self._peers.setdefault(peer.network, {})[peer] = None
-            self._size += 1
+            self._staying += 1
+            self._threads += 1
 
     def leave(self, peer: Peer) -> None:
         """The peer's thread is done with it."""
         with self._lock:
-            peers = self._peers.get(peer.network, {})
-            if peer in peers:
+            if not peer.dismissed:
                 self._remove(peer)
+            self._threads -= 1
+            self._lock.notify_all()
 
     def waits(self, peer: Peer) -> None:
         """From now on `peer` keeps us waiting; raises Dismissed if nobody waits for it any more."""
@@ -1977,10 +1983,7 @@ class Crowd:
     def wait_until_empty(self, seconds: float) -> bool:
         """Whether everybody who was being answered had left within `seconds`."""
         with self._lock:
-            return self._lock.wait_for(lambda: not self._size, seconds)
-
-    def _has_room(self) -> bool:
-        return self._size < self._ceiling or self._make_room()
+            return self._lock.wait_for(lambda: not self._threads, seconds)
 
     def _make_room(self) -> bool:
         now = time.monotonic()
@@ -2002,8 +2005,7 @@ class Crowd:
         del self._peers[peer.network][peer]
         if not self._peers[peer.network]:
             del self._peers[peer.network]
-        self._size -= 1
-        self._lock.notify_all()
+        self._staying -= 1
 
 
 def limit_wait(sock: socket.SocketType, seconds: float) -> None:
@@ -2129,7 +2131,7 @@ class Server(socketserver.ThreadingTCPServer):
     block_on_close = False
     face = ""
     seconds, ceiling = 0.0, 0
-    patience = 0.0  # seconds for which accepting may wait for room
+    patience = 0.05  # seconds for which accepting may wait for a thread to end
     handler = socketserver.BaseRequestHandler
 
     def __init__(self, listening: socket.socket) -> None:
@@ -2179,7 +2181,8 @@ class Server(socketserver.ThreadingTCPServer):
                 with contextlib.suppress(Exception):
                     self.handle_error(peer, address)
                 peer.sock.close()
-                self.crowd.leave(peer)
+                if peer.crowd:
+                    self.crowd.leave(peer)
         return False
 
     def service_actions(self) -> None:
@@ -2912,12 +2915,14 @@ class FloodFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to write the line; the last of its kind for now says that it is."""
+        if record.levelno < logging.WARNING:
+            return True
         if record.created >= self._ends:
             self._counts, self._ends = {}, record.created + FLOOD_SECONDS
         count = self._counts[record.msg] = self._counts.get(record.msg, 0) + 1
         if count == FLOOD_LINES:
             record.msg += " (more like this are not logged for a while)"
-        return count <= FLOOD_LINES or record.levelno < logging.WARNING
+        return count <= FLOOD_LINES
 
 
 class StartError(Exception):
