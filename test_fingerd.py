@@ -2550,21 +2550,26 @@ class FakeServerTest(FakeServerCase):
         self.accept().wait_for("USER")
         self.log.wait_for("IRC: the server did not register us in time")
 
-    def test_failures_count_until_a_connection_lasts(self) -> None:
-        for settled, counted in [(60.0, [0, 1, 2, 3, 4]), (0.0, [0, 1, 2, 0, 0])]:
-            with self.subTest(settled=settled):
-                delay = mock.Mock(return_value=0.0)
-                with mock.patch.object(fingerd, "reconnect_delay", delay):
-                    bot = self.start_bot(self.port, QUICK._replace(settled=settled))
-                    for number in range(5):
-                        peer = self.accept()
-                        if number > 2:
-                            peer.register()
-                            self.log.wait_for("registered")
-                        peer.close()
-                        self.log.wait_for("next attempt")
-                    bot.stop()
-                self.assertEqual([call[0][0] for call in delay.call_args_list][:5], counted)
+    def failures(self, settled: float) -> list[int]:
+        """How many failures counted before each of five attempts; the last two were registered."""
+        delay = mock.Mock(return_value=0.0)
+        with mock.patch.object(fingerd, "reconnect_delay", delay):
+            bot = self.start_bot(self.port, QUICK._replace(settled=settled))
+            for number in range(5):
+                peer = self.accept()
+                if number > 2:
+                    peer.register()
+                    self.log.wait_for("registered")
+                peer.close()
+                self.log.wait_for("next attempt")
+            bot.stop()
+        return [call[0][0] for call in delay.call_args_list][:5]
+
+    def test_failures_count_while_no_connection_lasts(self) -> None:
+        self.assertEqual(self.failures(settled=60.0), [0, 1, 2, 3, 4])
+
+    def test_failures_are_forgotten_when_a_connection_lasts(self) -> None:
+        self.assertEqual(self.failures(settled=0.0), [0, 1, 2, 0, 0])
 
     def test_a_refused_log_in_brings_the_longest_wait(self) -> None:
         account = {"account": "finger", "password": "secret"}
