@@ -1964,8 +1964,11 @@ def make_store(texts: Any = MOSHEZ) -> fingerd.StatusStore:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A free port for a server that is to come back on it: none that a client may be given."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Talk:
@@ -3888,10 +3891,10 @@ class Replicas(ServiceCase):
 
     def first(self, *options: str) -> Service:
         """A fingerd to copy, which finds its ports again when it is started again."""
-        first = self.service(USERS, *options, "--interval", "0.5")
+        ports: list[str] = []
         for face in ("finger", "setter", "web"):
-            first.options += [f"--{face}", f"127.0.0.1:{first.port(face)}"]
-        return first
+            ports += [f"--{face}", f"127.0.0.1:{free_port()}"]
+        return self.service(USERS, *ports, *options, "--interval", "0.5")
 
     def replica(self, first: Service, **more: Any) -> Service:
         """A fingerd that copies `first` twice a second."""
