@@ -3663,7 +3663,6 @@ class ReloaderTest(FaultCase):
 
     def complains(self, words: str) -> None:
         """Returns once a complaint is logged; the last good content stays."""
-        del self.lines[:]
         until(lambda: any(words in line for line in self.lines), words)
         self.comes()
 
@@ -3675,6 +3674,7 @@ class ReloaderTest(FaultCase):
             (lambda: self.path.symlink_to(self.path), "symbolic"),
             (lambda: self.path.symlink_to("/dev/zero"), "regular"),
         ):
+            del self.lines[:]
             self.path.unlink()
             make()
             self.complains(words)
@@ -3683,6 +3683,7 @@ class ReloaderTest(FaultCase):
             self.rename()
             self.comes()
         if not ROOT:
+            del self.lines[:]
             self.path.chmod(0)
             self.complains("Permission denied")
 
@@ -3744,6 +3745,7 @@ class ReloaderTest(FaultCase):
         ):
             with self.subTest(words):
                 self.patch(**limit)
+                del self.lines[:]
                 self.rename(content)
                 self.complains(words)
                 complaints = list(self.lines)
