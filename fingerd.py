@@ -34,7 +34,6 @@ import hashlib
 import heapq
 import html
 import http
-import http.server
 import importlib
 import itertools
 import json
@@ -56,10 +55,9 @@ import struct
 import sys
 import threading
 import time
+import types
 import urllib.parse
 import xml.parsers.expat
-import xmlrpc.client
-import xmlrpc.server
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -74,6 +72,36 @@ from typing import (
 
 if TYPE_CHECKING:
     import ssl
+
+
+class _StandIn(types.ModuleType):
+    """In the place of a module that is imported by one that we need, but not used for us."""
+
+    def __getattr__(self, _name: str) -> type:
+        return object  # which may be derived from
+
+
+def _import_servers() -> None:
+    """Import http.server and xmlrpc without what they have for clients, files and documentation.
+
+    That is 25 ms less of 110 until the first answer, and 8 MiB less of 34. Where a Python to come
+    cannot import them so, the plain imports below do it.
+    """
+    unused = ("email.utils", "gzip", "http.client", "inspect", "pydoc", "shutil")
+    stand_ins = {name: _StandIn(name) for name in unused if name not in sys.modules}
+    sys.modules.update(stand_ins)
+    vars(http).setdefault("client", stand_ins.get("http.client"))
+    with contextlib.suppress(Exception):
+        importlib.import_module("http.server")
+        importlib.import_module("xmlrpc.server")
+    for name in stand_ins:
+        del sys.modules[name]
+
+
+_import_servers()
+import http.server  # noqa: E402
+import xmlrpc.client  # noqa: E402
+import xmlrpc.server  # noqa: E402
 
 __version__ = "1.0"
 
@@ -2950,7 +2978,8 @@ def listen(face: str, address: Address) -> socket.socket:
             return socket.create_server(
                 ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
             )
-        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+        name = (host or "0.0.0.0").encode("ascii")  # a str would load the IDNA codec: 2 ms
+        family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as problem:
         number = getattr(problem, "errno", None) or 0
@@ -3018,11 +3047,23 @@ def drop_privileges(identity: Identity) -> None:
         raise StartError(f"--run-as: cannot become uid {identity.uid}, gid {identity.gid}")
 
 
-def import_what_is_lazy() -> None:
+def import_what_is_lazy(looks_up_hosts: bool) -> None:
     """Import what the library would import later: after the drop it may be out of reach."""
-    encodings = ("idna", "latin_1", "cp1252", "iso8859_15", "koi8_r")  # for XML that declares one
-    for name in ("linecache", "pydoc", "tokenize", *(f"encodings.{name}" for name in encodings)):
+    encodings = ["latin_1", "cp1252", "iso8859_15", "koi8_r"]  # for XML that declares one
+    encodings += ["idna"] if looks_up_hosts else []
+    for name in ("linecache", "tokenize", *(f"encodings.{name}" for name in encodings)):
         importlib.import_module(name)
+
+
+def find_trim() -> Callable[[int], object]:
+    """malloc_trim(3), or where the C library has none, something that does nothing."""
+    try:
+        import ctypes  # before privileges are dropped
+
+        trim: Callable[[int], object] = ctypes.CDLL(None).malloc_trim
+        return trim
+    except (ImportError, OSError, AttributeError):
+        return lambda _pad: None
 
 
 def is_url(users: str) -> bool:
@@ -3197,7 +3238,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         prog="fingerd.py",
         description="Everybody's status line, by finger, web, XML-RPC and IRC, from one file.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=79  # asked, a terminal would cost 2 ms
+        ),
     )
     add = parser.add_argument
     add("users", metavar="USERS", help="the users file: a line `user: status` for each")
@@ -3314,7 +3357,7 @@ def build_services(options: argparse.Namespace) -> Services:
     bot = IrcBot(irc, store) if irc else None
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
-        import_what_is_lazy()
+        import_what_is_lazy(looks_up_hosts=bool(bot) or is_url(options.users))
         drop_privileges(identity)
     try:
         reloader.load()
@@ -3333,22 +3376,25 @@ def build_services(options: argparse.Namespace) -> Services:
     return Services(store, reloader, servers, bot)
 
 
-def wait_for_the_end(reloader: Reloader) -> None:
-    """Wait for a signal to stop, after which a second one stops us at once."""
-    while signal.sigwait(SIGNALS) == signal.SIGHUP:
-        threading.Thread(target=reloader.reload, name="SIGHUP", daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
+def start(services: Services) -> None:
+    """Let everything run, and say so."""
+    for server in services.servers:
+        threading.Thread(target=server.serve_forever, name=server.face, daemon=True).start()
+    services.reloader.start()
+    if services.bot:
+        services.bot.start()
+    notify("READY=1")
+    log.info("ready")
 
 
 def stop(services: Services) -> None:
     """End everything, side by side, and then the store."""
+    notify("STOPPING=1")
     services.reloader.cancel()
     deadline = time.monotonic() + STOP_SECONDS
     ends = [functools.partial(server.stop, deadline) for server in services.servers]
     if services.bot:
-        ends.append(functools.partial(services.bot.stop))
+        ends.append(services.bot.stop)
     stoppers = [threading.Thread(target=end) for end in ends]
     for stopper in stoppers:
         stopper.start()
@@ -3358,18 +3404,17 @@ def stop(services: Services) -> None:
     log.info("stopped")
 
 
-def serve(services: Services) -> None:
-    """Run the services until a signal stops them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: the main one waits for them
-    for server in services.servers:
-        threading.Thread(target=server.serve_forever, name=server.face, daemon=True).start()
-    services.reloader.start()
-    if services.bot:
-        services.bot.start()
-    notify("READY=1")
-    log.info("ready")
-    wait_for_the_end(services.reloader)
-    notify("STOPPING=1")
+def wait_for_the_end(services: Services, trim: Callable[[int], object]) -> None:
+    """Stop when a signal says so; a second one ends the process at once.
+
+    Before that, give the kernel back what the syntax tree of this file was in, 6 MiB of 28: Python
+    keeps that until the script, and so the main thread, has come to its end.
+    """
+    threading.main_thread().join()
+    trim(0)
+    while signal.sigwait(SIGNALS) == signal.SIGHUP:
+        threading.Thread(target=services.reloader.reload, name="SIGHUP", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
     stop(services)
 
 
@@ -3381,7 +3426,7 @@ def raise_descriptor_limit() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the service; the exit status."""
+    """Start the service, whose last thread the interpreter waits for; the exit status."""
     options = parse_args(arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it can wait until we are ready
     try:
@@ -3389,11 +3434,15 @@ def main(arguments: list[str] | None = None) -> int:
             return check(find_source(options, None))
         configure_logging(options.verbose)
         raise_descriptor_limit()
+        trim = find_trim()
         services = build_services(options)
     except (StartError, UsersError, NotKept) as problem:
         print(f"fingerd: {problem}", file=sys.stderr)
         return 1
-    serve(services)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: one waits for them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM's is
+    start(services)
+    threading.Thread(target=wait_for_the_end, args=(services, trim), name="end").start()
     return 0
 
 
