@@ -945,13 +945,16 @@ class Snapshot(NamedTuple):
     names: list[str] = []  # the users with a text in the file, sorted,
     others: list[str] = []  # and those who have only a message, sorted
 
-    def get(self, user: str) -> Status | None:
-        """The user's status, or None for an unknown user and for one without a status."""
+    def text(self, user: str) -> str:
+        """The user's text, "" for an unknown user and for one without a status."""
         status = self.heard.get(user)
-        if status:
-            return status
+        return status.text if status else self.file.get(user, "")
+
+    def get(self, user: str) -> Status | None:
+        """The user's status, or None where there is none."""
         text = self.file.get(user)
-        return Status(text, self.dates.get(user, self.loaded)) if text else None
+        status = Status(text, self.dates.get(user, self.loaded)) if text else None
+        return self.heard.get(user, status)
 
     def users(self) -> Iterator[tuple[str, Status]]:
         """Everybody who has a status, sorted by name."""
@@ -1144,10 +1147,10 @@ class StatusStore:
         """Make `new` what is visible; `users` are those who may have another text by it."""
         old, version = self._now, self._now.version + 1
         for user in users:
-            before, after = old.get(user), new.get(user)
-            if after and (before is None or before.text != after.text):
+            text = new.text(user)
+            if text and text != old.text(user):
                 version += 1
-                self._changes.append(Change(version, user, after.text))
+                self._changes.append(Change(version, user, text))
         self._now = new._replace(version=version, changed=when)
 
     def close(self) -> None:
@@ -1209,11 +1212,9 @@ def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: st
         return "Finger forwarding service denied\r\n"
     if not query.user:
         return finger_listing(now, query.long, policy)
-    status = now.get(query.user)
+    status = now.get(query.user) if query.long else None
     if status is None:
-        return NO_SUCH_USER + "\r\n"
-    if not query.long:
-        return status.text + "\r\n"
+        return (now.text(query.user) or NO_SUCH_USER) + "\r\n"
     since = plain_time(status.since)
     return f"Login: {query.user}\r\nStatus: {status.text}\r\nSince: {since}\r\n"
 
