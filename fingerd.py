@@ -19,7 +19,6 @@ command line. A name is used only below its definition.
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import base64
 import collections
@@ -137,7 +136,8 @@ RECEIVE_BYTES = 4_096  # taken at once from a socket; a parser may remember as m
 BLOCK_BYTES = 65_536  # taken at once from a file, and sent at once
 SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
-ACCEPT_SECONDS = 0.25  # of accepting before the server looks at its own affairs
+ACCEPT_SECONDS = 0.25  # for which accept waits by itself,
+TURN_SECONDS = 0.01  # and of accepting, before the server looks at those who rest
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
 FETCH_SECONDS = 10.0  # for a users file on another server
 GATHER_SECONDS = 0.005  # in which messages gather for one commit,
@@ -1906,11 +1906,15 @@ class IrcSession:
 
 
 class NotYet(Exception):
-    """A connection has to wait, and does so in the thread that accepts, where nobody may wait."""
+    """A peer keeps us waiting; it rests until more of it has come."""
+
+
+class TakesLong(Exception):
+    """What follows may take long, or wait for something else; it needs a thread."""
 
 
 class Dismissed(ConnectionError):
-    """A connection that waited had to make room for another one."""
+    """A peer that kept us waiting had to make room for another one, or its time was up."""
 
 
 class LongWork:
@@ -1945,10 +1949,10 @@ long_work = LongWork()
 
 
 class Crowd:
-    """The peers that hold a thread of one server: no more than `ceiling` at a time.
+    """The peers that one server is not done with: no more than `ceiling` at a time.
 
     When it is nearly full, the next one takes the place of a peer that keeps us waiting: the
-    oldest of the address that holds most, so that honest clients, who are done in milliseconds,
+    oldest of the network that holds most, so that honest clients, who are done in milliseconds,
     always get in. An eighth of the places is for those whose threads are still on their way out.
     A peer that is being answered is never dismissed, but where nobody else can be, one that has
     taken more than SEND_SECONDS to take its answer.
@@ -1957,84 +1961,77 @@ class Crowd:
     def __init__(self, ceiling: int, patience: float) -> None:
         self._ceiling, self._patience = ceiling, patience
         self._lock = threading.Condition()
-        self._peers: dict[bytes, dict[Peer, None]] = {}  # by network; the oldest in front
-        self._staying = self._threads = 0  # peers in there; threads, those of the dismissed too
+        self._peers: dict[Peer, None] = {}  # the oldest in front, the dismissed left out
+        self._threads = 0  # theirs, those of the dismissed too
         self._closed = False
 
     def enter(self, peer: Peer) -> None:
         """Let `peer` in; raises Dismissed if no room can be had within `patience` seconds."""
         with self._lock:
-            if self._staying >= self._ceiling - self._ceiling // 8:
+            if len(self._peers) >= self._ceiling - self._ceiling // 8:
                 self._make_room()
-            room = self._lock.wait_for(lambda: self._threads < self._ceiling, self._patience)
+            room = self._lock.wait_for(lambda: len(self._peers) < self._ceiling, self._patience)
             if self._closed or not room:
                 raise Dismissed
-            self._peers.setdefault(peer.network, {})[peer] = None
-            self._staying += 1
+            self._peers[peer] = None
+
+    def employ(self) -> None:
+        """Count one more thread; raises Dismissed if it must not be within `patience` seconds."""
+        with self._lock:
+            if not self._lock.wait_for(lambda: self._threads < self._ceiling, self._patience):
+                raise Dismissed
             self._threads += 1
 
     def leave(self, peer: Peer) -> None:
-        """The peer's thread is done with it."""
+        """We are done with `peer`, and so is its thread if it has one."""
         with self._lock:
-            if not peer.dismissed:
-                self._remove(peer)
-            self._threads -= 1
+            self._peers.pop(peer, None)
+            self._threads -= not peer.in_place
             self._lock.notify_all()
 
     def waits(self, peer: Peer) -> None:
         """From now on `peer` keeps us waiting; raises Dismissed if nobody waits for it any more."""
         with self._lock:
-            if self._closed or peer.dismissed:
+            if self._closed or peer not in self._peers:
                 raise Dismissed
             peer.waiting = True
 
     def came(self, peer: Peer) -> None:
         """What `peer` kept us waiting for has come; raises Dismissed if it came too late."""
         with self._lock:
-            if peer.dismissed:
+            if peer not in self._peers:
                 raise Dismissed
             peer.waiting = False
 
     def expire(self, now: float) -> None:
         """Dismiss all whose time was up at `now` (time.monotonic())."""
         with self._lock:
-            late = [p for peers in self._peers.values() for p in peers if p.deadline < now]
-            for peer in late:
+            for peer in [peer for peer in self._peers if peer.deadline < now]:
                 self._dismiss(peer)
 
     def close(self) -> None:
         """Dismiss all who wait, now and from now on."""
         with self._lock:
             self._closed = True
-            while self._make_room():
-                pass
+            for peer in [peer for peer in self._peers if peer.waiting]:
+                self._dismiss(peer)
 
     def wait_until_empty(self, seconds: float) -> bool:
         """Whether everybody who was being answered had left within `seconds`."""
         with self._lock:
             return self._lock.wait_for(lambda: not self._threads, seconds)
 
-    def _make_room(self) -> bool:
+    def _make_room(self) -> None:
         now = time.monotonic()
-        by_size = sorted(self._peers.values(), key=len, reverse=True)
-        peers = [peer for peers in by_size for peer in peers]
-        waiting = (peer for peer in peers if peer.waiting)
-        slow = (peer for peer in peers if peer.slow_at < now)
-        peer = next(itertools.chain(waiting, slow), None)
-        if peer:
-            self._dismiss(peer)
-        return peer is not None
+        sizes = collections.Counter(peer.network for peer in self._peers)
+        idle = [peer for peer in self._peers if peer.waiting]
+        idle = idle or [peer for peer in self._peers if peer.slow_at < now]
+        if idle:
+            self._dismiss(max(idle, key=lambda peer: sizes[peer.network]))
 
     def _dismiss(self, peer: Peer) -> None:
-        peer.dismissed = True
-        self._remove(peer)
+        del self._peers[peer]
         peer.wake()
-
-    def _remove(self, peer: Peer) -> None:
-        del self._peers[peer.network][peer]
-        if not self._peers[peer.network]:
-            del self._peers[peer.network]
-        self._staying -= 1
 
 
 def limit_wait(sock: socket.SocketType, seconds: float) -> None:
@@ -2043,36 +2040,51 @@ def limit_wait(sock: socket.SocketType, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
 
+def plain_address(address: Any) -> str:
+    """The IP address in a socket's `address`; an IPv4 one as such, also on an IPv6 socket."""
+    host: str = address[0]
+    return host[7:] if host.startswith("::ffff:") else host
+
+
 class Peer:
     """One connection: bytes in, bytes out, and so much time for a whole exchange.
 
-    In the thread that accepts, `crowd` is None and whatever would have to wait raises NotYet; the
-    same handler then runs again in a thread of its own, with the bytes that have come by then.
+    It is served in place, in the thread that accepts, where nothing may wait: what would have to
+    raises NotYet or TakesLong, and the same handler runs again, when more has come or in a thread
+    of its own, with the bytes that have come by then.
     """
 
-    crowd: Crowd | None = None
-    network = b""  # known when it joins the crowd
+    in_place = True
+    crowd: Crowd | None = None  # where it is a member, since it could not be answered at once
+    network = b""  # known by then
     data = rest = b""  # what came and is not used up; what is still to be sent
-    ended = closing = waiting = dismissed = False
+    ended = closing = waiting = False
     slow_at = math.inf  # from then on it is slow to take an answer
 
-    def __init__(self, sock: socket.SocketType, address: str, seconds: float) -> None:
+    def __init__(self, sock: socket.SocketType, address: Any, seconds: float) -> None:
         self.sock, self.address = sock, address
         self.deadline = time.monotonic() + seconds
 
+    def __str__(self) -> str:
+        return plain_address(self.address)
+
     def join(self, crowd: Crowd) -> None:
         """Become one of those who may wait."""
-        host = self.address.partition("%")[0]
+        host = str(self).partition("%")[0]
         self.network = socket.inet_pton(socket.AF_INET6, host)[:8] if ":" in host else host.encode()
         crowd.enter(self)
         self.crowd = crowd
+
+    def take_thread(self) -> None:
+        """From now on it has a thread of its own, and may wait."""
+        self.in_place = False
         self.sock.setblocking(True)  # the crowd ends what takes too long,
         limit_wait(self.sock, 0)  # and not the limit that it has from its listener
 
     def be_patient(self) -> None:
         """Go on only in a thread that has time: what follows may take some."""
-        if self.crowd is None:
-            raise NotYet
+        if self.in_place:
+            raise TakesLong
 
     def allow(self, seconds: float) -> None:
         """The time for what follows begins now."""
@@ -2080,12 +2092,13 @@ class Peer:
 
     def receive(self) -> None:
         """Take what comes next, or learn that nothing will; Dismissed when the time is up."""
-        if self.crowd is None:
+        if self.in_place:
             try:
                 chunk = self.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 raise NotYet from None
         else:
+            assert self.crowd  # where whoever has a thread is
             self.crowd.waits(self)
             chunk = self.sock.recv(RECEIVE_BYTES)
             self.crowd.came(self)
@@ -2107,12 +2120,14 @@ class Peer:
     def send(self, pieces: list[bytes], last: bool) -> None:
         """Send an answer; after the `last` one the connection ends."""
         self.closing = last
-        if self.crowd is None:
-            answer = b"".join(pieces)
-            sent = self.sock.send(answer, socket.MSG_DONTWAIT)
-            if sent < len(answer):
-                self.rest = answer[sent:]
-                raise NotYet
+        if self.in_place:
+            self.rest = b"".join(pieces)
+            try:
+                self.rest = self.rest[self.sock.send(self.rest, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:  # it has not even taken the last answers
+                raise TakesLong from None
+            if self.rest:
+                raise TakesLong
             return
         self.allow(SEND_SECONDS + sum(map(len, pieces)) / SLOWEST_READER)
         self.slow_at = time.monotonic() + SEND_SECONDS
@@ -2123,7 +2138,7 @@ class Peer:
     def finish(self) -> None:
         """Close: FIN, then take what still comes for a while, lest a reset eat the answer."""
         try:
-            if self.crowd and self.closing and not self.ended:
+            if self.closing and not self.ended:
                 self.sock.shutdown(socket.SHUT_WR)
                 self.allow(DRAIN_SECONDS)
                 self.data = b""
@@ -2143,17 +2158,13 @@ class Peer:
 # ---- servers -----------------------------------------------------------------------------------
 
 
-def plain_address(address: Any) -> str:
-    """The IP address in a socket's `address`; an IPv4 one as such, also on an IPv6 socket."""
-    host: str = address[0]
-    return host[7:] if host.startswith("::ffff:") else host
-
-
 class Server(socketserver.ThreadingTCPServer):
-    """What finger, setter and web share: an answer in place, or a thread for a peer that waits.
+    """What finger, setter and web share: answers in place, and threads for what takes long.
 
     The query is nearly always there when a connection is accepted, and is answered there and then:
-    a seventh of the cost of a thread. Nothing that can block is done on that path.
+    a seventh of the cost of a thread. Nothing that can block is done on that path. A peer that
+    keeps us waiting rests among what `ready` watches, and is served in place again when it has
+    sent more: a third of what a kept-alive request costs in a thread.
     """
 
     daemon_threads = True
@@ -2161,6 +2172,7 @@ class Server(socketserver.ThreadingTCPServer):
     face = ""
     seconds, ceiling = 0.0, 0
     patience = 0.05  # seconds for which accepting may wait for a thread to end
+    accept_waits = sys.platform == "linux"  # where a time limit is: 2 µs less than with a poll
     handler = socketserver.BaseRequestHandler
 
     def __init__(self, listening: socket.socket) -> None:
@@ -2169,14 +2181,34 @@ class Server(socketserver.ThreadingTCPServer):
         self.socket = listening
         self.address_family = int(listening.family)  # as an enum it is slow
         listening.setblocking(False)
-        if sys.platform == "linux":  # there accept waits by itself: 2 µs less than with a poll
+        if self.accept_waits:
             limit_wait(listening, ACCEPT_SECONDS)
-            listening.setblocking(True)
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when the query is there, or after 1 s
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+        self.ready = selectors.DefaultSelector()
+        self.ready.register(listening, selectors.EVENT_READ)
         self.crowd = Crowd(self.ceiling, self.patience)
         self.next_look = 0.0
         self.accepting = True  # as far as was logged
+
+    def fileno(self) -> int:
+        """What serve_forever waits for: one descriptor for the listener and all who rest."""
+        return self.ready.fileno()
+
+    def _handle_request_noblock(self) -> None:
+        """What serve_forever does when that is readable."""
+        for key, _ in self.ready.select(0):
+            if key.data:
+                self.serve(key.data)
+            else:
+                self.accept_all()
+
+    def service_actions(self) -> None:
+        """Twice a second: end what takes too long; no recv or send needs a timeout of its own."""
+        now = time.monotonic()
+        if now > self.next_look:
+            self.next_look = now + LOOK_SECONDS
+            self.crowd.expire(now)
 
     def get_request(self) -> tuple[Any, Any]:
         """The next connection as a Peer; raises BlockingIOError if there is none.
@@ -2185,14 +2217,16 @@ class Server(socketserver.ThreadingTCPServer):
         """
         descriptor, address = self.socket._accept()  # type: ignore[attr-defined]
         sock = socket.SocketType(self.address_family, socket.SOCK_STREAM, 0, descriptor)
-        return Peer(sock, plain_address(address), self.seconds), address
+        return Peer(sock, address, self.seconds), address
 
     def accept_all(self) -> bool:
         """Serve those who queue, for a while; tells whether nobody is left."""
-        until = time.monotonic() + ACCEPT_SECONDS
+        if self.accept_waits and len(self.ready.get_map()) == 1:  # nobody rests
+            self.socket.setblocking(True)
+        until = time.monotonic() + TURN_SECONDS
         while time.monotonic() < until:
             try:
-                peer, address = self.get_request()
+                peer, _ = self.get_request()
             except BlockingIOError:
                 self.accepting = True
                 return True
@@ -2204,37 +2238,58 @@ class Server(socketserver.ThreadingTCPServer):
                 self.accepting = False
                 time.sleep(PAUSE_SECONDS)
                 return False
-            try:
-                self.process_request(peer, address)
-            except Exception:
-                with contextlib.suppress(Exception):
-                    self.handle_error(peer, address)
-                peer.sock.close()
-                if peer.crowd:
-                    self.crowd.leave(peer)
+            self.serve(peer)
         return False
 
-    def service_actions(self) -> None:
-        """Twice a second: end what takes too long; no recv or send needs a timeout of its own."""
-        now = time.monotonic()
-        if now > self.next_look:
-            self.next_look = now + LOOK_SECONDS
-            self.crowd.expire(now)
-
-    def _handle_request_noblock(self) -> None:
-        """What serve_forever does when the listener is readable: accept until there is no more."""
-        self.accept_all()
+    def serve(self, peer: Peer) -> None:
+        """Do what can be done for `peer` in place, whatever comes of it."""
+        try:
+            self.process_request(peer, peer.address)
+        except Exception:
+            with contextlib.suppress(Exception):
+                self.handle_error(peer, peer.address)
+            self.part(peer)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in place, or hand the connection to a thread."""
+        """Answer in place, or let the peer rest, or hand it to a thread."""
         try:
+            if request.crowd:
+                self.crowd.came(request)
             self.finish_request(request, client_address)
+            if request.crowd and not request.ended:  # who kept us waiting may send still more
+                raise TakesLong
         except NotYet:
-            request.join(self.crowd)
-            # A Thread object takes twice as long to start, and a flood of them is what we stand.
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
+            self.rest(request)
+        except TakesLong:
+            self.hand_over(request)
         else:
-            request.sock.close()
+            self.part(request)
+
+    def rest(self, peer: Peer) -> None:
+        """Wait, without a thread, for what `peer` has still to send."""
+        if not peer.crowd:
+            peer.join(self.crowd)
+            self.socket.setblocking(False)  # or accept would hold it up
+            self.ready.register(peer.sock, selectors.EVENT_READ, peer)
+        self.crowd.waits(peer)
+
+    def hand_over(self, peer: Peer) -> None:
+        """Go on with `peer` in a thread, where it stays."""
+        if peer.crowd:
+            self.ready.unregister(peer.sock)
+        else:
+            peer.join(self.crowd)
+        self.crowd.employ()
+        peer.take_thread()
+        super().process_request(peer, peer.address)  # type: ignore[arg-type]  # it is no socket
+
+    def part(self, peer: Peer) -> None:
+        """Be done with `peer`."""
+        if peer.crowd:
+            with contextlib.suppress(KeyError):  # it did not rest
+                self.ready.unregister(peer.sock)
+            self.crowd.leave(peer)
+        peer.sock.close()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Send what is left of an answer that was begun in place, then go on in this thread."""
@@ -2263,12 +2318,16 @@ class Server(socketserver.ThreadingTCPServer):
         Takes until `deadline` (time.monotonic()) at the longest.
         """
         self.shutdown()
+        self.accept_waits = False
         self.socket.setblocking(False)
         until = time.monotonic() + QUEUE_SECONDS
         while not self.accept_all() and time.monotonic() < until:
             pass
-        self.server_close()
+        self._handle_request_noblock()
         self.crowd.close()
+        for key in self.ready.get_map().values():  # the listener, and who rests
+            key.fileobj.close()  # type: ignore[union-attr]
+        self.ready.close()
         self.crowd.wait_until_empty(deadline - time.monotonic())
 
 
@@ -2284,19 +2343,20 @@ class FingerServer(Server):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Answer the query as soon as it has come whole."""
         query = request.read(parse_finger)
-        if not query.user:  # everybody, which is long, or too long a query, which goes on
+        if query.user:
+            answer = self.answer(query, request)
+        else:  # everybody, which is long, or too long a query, which goes on
             request.be_patient()
-        log.debug("finger: %s: %a", request.address, query.user)
-        request.send([self.answer(query, request).encode()], last=True)
+            with long_work:
+                answer = self.answer(query, request)
+        log.debug("finger: %s: %a", request, query.user)
+        request.send([answer.encode()], last=True)
 
     def answer(self, query: FingerQuery, peer: Peer) -> str:
         """The answer, or that there was a fault inside."""
         try:
             reached = plain_address(peer.sock.getsockname()) if query.host else ""
-            if query.user:
-                return finger_answer(self.store.snapshot(), query, self.policy, reached)
-            with long_work:
-                return finger_answer(self.store.snapshot(), query, self.policy, reached)
+            return finger_answer(self.store.snapshot(), query, self.policy, reached)
         except Exception:
             log.exception("finger: %s", INTERNAL_ERROR)
             return INTERNAL_ERROR + "\r\n"
@@ -2319,8 +2379,8 @@ class SetterServer(Server):
         setting = request.read(parse_setting)
         request.be_patient()  # for the disk
         request.allow(math.inf)  # the time is ours until we answer
-        problem = setting.problem or self.keep(setting, request.address)
-        log.debug("setter: %s: %a: %s", request.address, setting.user, problem or "OK")
+        problem = setting.problem or self.keep(setting, str(request))
+        log.debug("setter: %s: %a: %s", request, setting.user, problem or "OK")
         request.send([f"ERROR {problem}\r\n".encode() if problem else b"OK\r\n"], last=True)
 
     def keep(self, setting: Setting, address: str) -> str:
@@ -2352,10 +2412,13 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         """Nothing to flush."""
 
     def handle(self) -> None:
-        """Answer request after request, but in place only the first one."""
+        """Answer request after request, but in place only one at a time."""
         self.peer: Peer = self.request
         while self.exchange():
-            self.peer.be_patient()
+            if self.peer.data:
+                self.peer.be_patient()  # more requests in one go are more work
+            elif self.peer.in_place:
+                raise NotYet
 
     def exchange(self) -> bool:
         """Read a request and answer it; tells whether there may be another one."""
@@ -2371,7 +2434,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         peer.data = peer.data[head.size + head.length :]
         response = web_response(head, page, time.time())
         status = response[0][9:12].decode()
-        log.debug("web: %s: %s %a: %s", peer.address, head.method, head.path[:MAX_NAME], status)
+        log.debug("web: %s: %s %a: %s", peer, head.method, head.path[:MAX_NAME], status)
         peer.send(response, last=not head.keep)
         peer.allow(WEB_SECONDS)
         return head.keep

@@ -3367,11 +3367,25 @@ class HostileTest(FaultCase):
                     with connect(service.port("finger"), b"mosh") as late:
                         late.sendall(b"ez\r\n")
                         self.assertEqual(HAPPY, read_all(late))
-                    most.append(threads(service.process.pid))
+                    pid = service.process.pid
+                    most.append((threads(pid), len(os.listdir(f"/proc/{pid}/fd"))))
             finally:
                 over.set()
             attack.result()
-        self.assertTrue(100 < max(most) < 512 + 64 + 256 + 20, most)
+        most_threads, most_descriptors = map(max, zip(*most))
+        self.assertLess(most_threads, 30, "who only keeps us waiting needs no thread")
+        self.assertTrue(100 < most_descriptors < 512 + 64 + 256 + 100, most_descriptors)
+
+    def test_threads_stay_under_the_ceiling(self) -> None:
+        self.patch(MAX_LISTING=20_000_000, SEND_SECONDS=0.01)
+        with mock.patch.object(fingerd.FingerServer, "ceiling", 8):
+            server = self.server(fingerd.FingerServer, self.store(CROWDED), fingerd.Policy())
+        before, most = threading.active_count(), 0
+        for _ in range(30):
+            with contextlib.suppress(ConnectionError):  # no room in time
+                self.keep(slow_reader(server.port, b"\r\n"))
+            most = max(most, threading.active_count() - before)
+        self.assertTrue(3 < most <= 8, most)
 
     def crowded_out(self, port: int) -> None:
         """Returns once one who waited has been dismissed for another."""
