@@ -690,9 +690,6 @@ IRC_FOLDS = {  # CASEMAPPING: the characters beside letters that have a lower ca
 # Colour codes are followed by digits, which would stay behind if only control characters went.
 IRC_COLOURS = re.compile("\x03([0-9]{1,2}(,[0-9]{1,2})?)?|\x04([0-9A-Fa-f]{6})?")
 IRC_LINE_ENDS = str.maketrans("", "", "\r\n\0")
-IRC_LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}")
-IRC_NICK = re.compile(r"[A-Za-z\[\]\\`_^{|}][A-Za-z0-9\[\]\\`_^{|}-]{0,29}")
-IRC_CHANNEL = re.compile(r"[#&+!][^\x00-\x20,\x7f]{1,49}")
 IRC_NO_TLS = "no TLS ({}); a server that does not speak it needs --irc-plaintext"
 IRC_REALNAME = "A bot, the finger service: send it a user's name"
 
@@ -2838,8 +2835,6 @@ class IrcBot:
         self.thread = threading.Thread(target=self.run, name="irc", daemon=True)
 
     def start(self) -> None:
-        if not self.tls and not IRC_LOOPBACK.fullmatch(self.options.host):
-            log.warning("IRC: all that we say to %s can be read on the way", self.options.host)
         self.thread.start()
 
     def stop(self) -> None:
@@ -3217,64 +3212,63 @@ def add_irc_options(parser: argparse.ArgumentParser) -> None:
         help="the account's, else the server's (default: $FINGERD_IRC_PASSWORD)")  # fmt: skip
 
 
-def irc_address(text: str, default_port: int) -> tuple[str, int]:
-    """Reads HOST, HOST:PORT, an IPv6 address, or one in brackets with :PORT."""
-    match = re.fullmatch(r"(\[\S+\]|[^:\s]+)(?::([0-9]+))?|(\S*:\S*:\S*)", text)
-    if not match:
-        raise StartError(f"--irc: {text!r} is not HOST or HOST:PORT")
-    return (match[1] or match[3]).strip("[]"), int(match[2] or default_port)
-
-
-def irc_password(file_name: str | None, environ: Mapping[str, str]) -> str:
-    """The first line of the file."""
+def irc_password(file_name: str | None) -> str:
+    """The first line of the file, else what the environment says."""
     if not file_name:
-        return environ.get("FINGERD_IRC_PASSWORD", "")
+        return os.environ.get("FINGERD_IRC_PASSWORD", "")
     try:
         with open(file_name, encoding="utf-8") as file:
             return file.readline().rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"--irc-password-file: {error}") from error
+    except (OSError, UnicodeDecodeError) as problem:
+        raise StartError(f"--irc-password-file: {problem}") from None
 
 
-def check_irc_options(options: IrcOptions) -> None:
-    """Raises StartError with the first thing that is wrong."""
-    private = options.tls or IRC_LOOPBACK.fullmatch(options.host)
-    joined = ",".join(options.channels)
+def check_irc_options(irc: IrcOptions) -> None:
+    """Raise StartError with the first thing that is wrong; warn of what only may be."""
+    loopback = re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", irc.host)
+    readable = not (irc.tls or loopback)  # on the way
+    # A surrogate stands for a byte that is not UTF-8.
+    secret = re.search("[\0\r\n\ud800-\udfff]", irc.account + irc.password)
+    channels = [
+        re.fullmatch("[#&+!][^\0-\x20,\x7f\ud800-\udfff]{1,49}", name) for name in irc.channels
+    ]
+    joined = ",".join(irc.channels).encode("utf-8", "replace")
     refused = {
-        "--irc: the port must be from 1 to 65535": not 0 < options.port < 65536,
-        "--irc-nick: not a nick": not IRC_NICK.fullmatch(options.nick),
-        "--irc-channel: not the name of a channel": not all(
-            map(IRC_CHANNEL.fullmatch, options.channels)
-        ),
-        "--irc-channel: too many": len(joined.encode()) > IRC_CHANNELS_BYTES,
-        "--irc-account needs a password": options.account and not options.password,
-        "--irc-account needs TLS, or a server on this machine": options.account and not private,
-        "--irc-account, or the password: it has a control character": re.search(
-            "[\0\r\n]", options.account + options.password
-        ),
+        "--irc: the port must be from 1 to 65535": not 0 < irc.port < 65536,
+        # ASCII has what else a nick may hold, brackets and the like, around the small letters.
+        "--irc-nick: not a nick": not re.fullmatch("[A-}][A-}0-9-]{0,29}", irc.nick),
+        "--irc-channel: not the name of a channel": not all(channels),
+        "--irc-channel: too many": len(joined) > IRC_CHANNELS_BYTES,
+        "--irc-account needs a password": irc.account and not irc.password,
+        "--irc-account needs TLS, or a server on this machine": irc.account and readable,
+        "--irc-account, or the password: it has a control character, or is not UTF-8": secret,
         "--irc-fingerprint: not a SHA-256 in hexadecimal": not re.fullmatch(
-            "|[0-9a-f]{64}", options.fingerprint
+            "|[0-9a-f]{64}", irc.fingerprint
         ),
-        "--irc-fingerprint needs TLS": options.fingerprint and not options.tls,
+        "--irc-fingerprint needs TLS": irc.fingerprint and not irc.tls,
     }
     for problem, found in refused.items():
         if found:
             raise StartError(problem)
+    if readable:
+        log.warning("IRC: all that we say to %s can be read on the way", irc.host)
 
 
 def irc_options(options: argparse.Namespace) -> IrcOptions | None:
     """The bot's part of the command line, None without --irc; StartError for what is wrong."""
     if not options.irc:
         return None
-    host, port = irc_address(options.irc, 6667 if options.irc_plaintext else 6697)
+    address = re.fullmatch(r"(\[\S+\]|[^:\s]+)(?::([0-9]{1,5}))?|(\S*:\S*:\S*)", options.irc)
+    if not address:
+        raise StartError(f"--irc: {options.irc!a} is not HOST or HOST:PORT")
     irc = IrcOptions(
-        host=host,
-        port=port,
+        host=(address[1] or address[3]).strip("[]"),
+        port=int(address[2] or (6667 if options.irc_plaintext else 6697)),
         tls=not options.irc_plaintext,
         nick=options.irc_nick,
         channels=tuple(options.irc_channel),
         account=options.irc_account,
-        password=irc_password(options.irc_password_file, os.environ),
+        password=irc_password(options.irc_password_file),
         fingerprint=options.irc_fingerprint.replace(":", "").lower(),
     )
     check_irc_options(irc)
