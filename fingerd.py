@@ -44,7 +44,6 @@ import pwd
 import random
 import re
 import resource
-import selectors
 import shlex
 import signal
 import socket
@@ -65,7 +64,6 @@ from typing import (
     Iterator,
     Mapping,
     NamedTuple,
-    NoReturn,
     TypeVar,
 )
 
@@ -148,27 +146,23 @@ BACKLOG = 4_096  # connections that the kernel queues for us
 STOP_SECONDS = 2.0  # for the answers in flight when the service stops
 QUEUE_SECONDS = 1.0  # for the connections that are still queued then
 
-IRC_LINE_BYTES = 512  # a line with its CR LF, as others receive it (RFC 2812, section 2.3)
-IRC_TAGS_BYTES = 8191  # what message tags may add in front of it (IRCv3)
+IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # as others receive it; of tags in front (IRCv3)
 IRC_HOST_BYTES = 63  # taken for the length of our own host until the server shows it
 IRC_NICK_BYTES = 9  # every server allows these (RFC 2812, section 1.2.1)
 IRC_CHANNELS_BYTES = 400  # the channels with commas between, so that one JOIN holds them
 IRC_SASL_BYTES = 400  # of base64 in one AUTHENTICATE
-IRC_BURST_LINES = 5  # sent at once ...
-IRC_LINE_SECONDS = 2.0  # ... then one each time these have passed
-IRC_QUEUE_LINES = 20  # waiting to be sent; the oldest gives way
-IRC_STALE_SECONDS = 30.0  # an answer that has waited longer is no longer wanted
-IRC_QUERIES_PER_MINUTE = 12  # of one user@host, before it is ignored ...
-IRC_IGNORE_SECONDS = 300.0  # ... for so long
-IRC_ASKERS = 1000  # user@hosts remembered
+IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # sent at once; then one each time these have passed
+IRC_QUEUE_LINES, IRC_STALE_SECONDS = 20, 30.0  # that wait; after which an answer is not wanted
+IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # of one user@host; more are ignored
+IRC_ASKERS = 1_000  # user@hosts remembered
 IRC_ANNOUNCED = 3  # changes told one by one; the rest of a burst is only counted
-IRC_POLL_SECONDS = 1.0  # between looks at the store for something to announce
-IRC_RETRY_SECONDS = 2.0  # before the first reconnection; doubled each time ...
-IRC_LONGEST_RETRY_SECONDS = 600.0  # ... up to this
+IRC_CONNECT_SECONDS, IRC_TLS_SECONDS = 15.0, 15.0  # the look-up of the name has the former, too
+IRC_REGISTER_SECONDS = 60.0  # SASL included
+IRC_SILENCE_SECONDS, IRC_ANSWER_SECONDS = 90.0, 60.0  # before our own PING; then for its answer
+IRC_SETTLED_SECONDS = 60.0  # registered, before the count of failures starts again
+IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # doubled with each failure
 IRC_MANY_FAILURES = 20  # enough of them for the longest wait
-IRC_RECEIVE_BYTES = 65_536  # more than a TLS record holds, so that none is left half read
-IRC_BLOCK_SECONDS = 0.5  # the longest that one call on the socket may take
-IRC_STOP_SECONDS = 2.0
+IRC_POLL_SECONDS = 0.5  # between looks at the clock, at the store, and whether to stop
 
 NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
@@ -682,15 +676,6 @@ def format_rpc_response(answer: Any) -> bytes:
 
 # ---- IRC (RFC 2812, modern.ircdocs.horse, IRCv3) ---------------------------------------------
 
-IRC_FOLDS = {  # CASEMAPPING: the characters beside letters that have a lower case
-    "ascii": str.maketrans("", ""),
-    "rfc1459-strict": str.maketrans("[]\\", "{}|"),
-    "rfc1459": str.maketrans("[]\\~", "{}|^"),
-}
-# Colour codes are followed by digits, which would stay behind if only control characters went.
-IRC_COLOURS = re.compile("\x03([0-9]{1,2}(,[0-9]{1,2})?)?|\x04([0-9A-Fa-f]{6})?")
-IRC_LINE_ENDS = str.maketrans("", "", "\r\n\0")
-IRC_NO_TLS = "no TLS ({}); a server that does not speak it needs --irc-plaintext"
 IRC_REALNAME = "A bot, the finger service: send it a user's name"
 
 
@@ -736,13 +721,15 @@ def format_irc_line(command: str, *params: str) -> bytes:
     *middle, last = params
     if not last or last.startswith(":") or " " in last:
         last = f":{last}"
-    line = " ".join([command, *middle, last]).translate(IRC_LINE_ENDS)
+    line = re.sub("[\r\n\0]", "", " ".join([command, *middle, last]))
     return line.encode("utf-8", "replace") + b"\r\n"
 
 
 def fold_irc(name: str, casemapping: str) -> str:
     """A nick or channel in lower case; as in RFC 1459 where the mapping is unknown."""
-    return name.lower().translate(IRC_FOLDS.get(casemapping, IRC_FOLDS["rfc1459"]))
+    beside_letters = {"ascii": 0, "rfc1459-strict": 3}.get(casemapping, 4)
+    upper, lower = "[]\\~"[:beside_letters], "{}|^"[:beside_letters]
+    return name.lower().translate(str.maketrans(upper, lower))
 
 
 def cut_bytes(text: str, size: int) -> str:
@@ -761,29 +748,18 @@ def ctcp_reply(text: str) -> str:
     return f"\x01{command} {replies[command]}\x01" if command in replies else ""
 
 
-def spare_nick(wanted: str, taken: int, tail: str) -> str:
-    """What to try after so many nicks were taken, no longer than any server allows, or ""."""
-    ending = ["_", "__", tail, ""][min(taken, 4) - 1]
-    return wanted[: IRC_NICK_BYTES - len(ending)] + ending if ending else ""
-
-
 def sasl_plain(account: str, password: str) -> list[str]:
     """The parameters of the AUTHENTICATE lines that log in (RFC 4616; IRCv3 SASL 3.1)."""
     secret = base64.b64encode(f"\0{account}\0{password}".encode()).decode("ascii")
-    chunks: list[str] = re.findall(f".{{1,{IRC_SASL_BYTES}}}", secret)
-    if len(chunks[-1]) == IRC_SASL_BYTES:  # which says that more follows
-        chunks.append("+")
-    return chunks
+    starts = range(0, len(secret) + 1, IRC_SASL_BYTES)
+    # A full last line would say that more follows; then there is nothing at the last start.
+    return [secret[start : start + IRC_SASL_BYTES] or "+" for start in starts]
 
 
-def reconnect_delay(
-    attempt: int,
-    jitter: float,
-    first: float = IRC_RETRY_SECONDS,
-    longest: float = IRC_LONGEST_RETRY_SECONDS,
-) -> float:
+def reconnect_delay(attempt: int, jitter: float) -> float:
     """Seconds to wait after so many earlier failures; `jitter` is chance, from 0 to 1."""
-    return min(longest, first * 2.0 ** min(attempt, IRC_MANY_FAILURES) * (1 + jitter / 2))
+    delay = IRC_RETRY_SECONDS * 2.0 ** min(attempt, IRC_MANY_FAILURES)
+    return min(IRC_LONGEST_RETRY_SECONDS, delay * (1 + jitter / 2))
 
 
 # ================================================================================================
@@ -1553,88 +1529,39 @@ class IrcOptions(NamedTuple):
     fingerprint: str = ""  # SHA-256 of the one certificate to trust, in hexadecimal
 
 
-class IrcDeadlines(NamedTuple):
-    """How long the bot waits for what, in seconds."""
-
-    connect: float = 15.0  # look-up of the name included
-    tls: float = 15.0
-    register: float = 60.0  # SASL included
-    silence: float = 90.0  # before our own PING
-    answer: float = 60.0  # to that PING
-    settled: float = 60.0  # registered, before the count of failures starts again
-    retry: float = IRC_RETRY_SECONDS
-    longest_retry: float = IRC_LONGEST_RETRY_SECONDS
-
-
-class IrcFailure(Exception):
+class IrcFailure(ConnectionError):
     """The connection cannot go on, and this sentence says why."""
-
-
-class IrcOutbox:
-    """Lines on their way out, at the pace of RFC 1459, section 8.10."""
-
-    def __init__(self) -> None:
-        self.protocol: collections.deque[bytes] = collections.deque(
-            maxlen=IRC_QUEUE_LINES
-        )  # goes before answers
-        self.answers: collections.deque[tuple[float, bytes]] = collections.deque(
-            maxlen=IRC_QUEUE_LINES
-        )
-        self.timer = float("-inf")  # each line sent moves it on; it may run ahead of the clock
-
-    def due(self) -> float:
-        """When the next line may go; never, where there is none."""
-        if not self.protocol and not self.answers:
-            return float("inf")
-        return self.timer - (IRC_BURST_LINES - 1) * IRC_LINE_SECONDS
-
-    def take(self, now: float) -> bytes:
-        """The lines that may go now; answers that nobody waits for any more are dropped."""
-        while self.answers and now - self.answers[0][0] > IRC_STALE_SECONDS:
-            self.answers.popleft()
-        taken = b""
-        while self.due() <= now:
-            taken += self.protocol.popleft() if self.protocol else self.answers.popleft()[1]
-            self.timer = max(self.timer, now) + IRC_LINE_SECONDS
-        return taken
 
 
 class IrcSession:
     """The bot's brain for one connection: lines and the time in, lines out.
 
-    `begin`, then `receive` lines and `tick` by each `deadline()`; what `outbox.take` gives is to be
-    sent, what `report` is given to be logged. IrcFailure ends it.
+    `begin`, then `receive` each line and `tick` often; what `take` gives is to be sent, what
+    `report` is given to be logged. IrcFailure ends it.
     """
 
     def __init__(
-        self,
-        options: IrcOptions,
-        store: StatusStore,
-        deadlines: IrcDeadlines,
-        nick_tail: str,
-        report: Callable[[str], None],
+        self, options: IrcOptions, store: StatusStore, nick_tail: str, report: Callable[[str], None]
     ) -> None:
-        self.options = options
-        self.store = store
-        self.deadlines = deadlines
-        self.nick_tail = nick_tail
-        self.report = report
-        self.outbox = IrcOutbox()
-        self.askers: dict[str, tuple[int, float]] = {}  # queries of each user@host, until when
+        self.options, self.store, self.report = options, store, report
         self.now = self.started = self.heard = 0.0
-        self.registered: float | None = None  # since when
-        self.pinged: float | None = None  # when, if no line came since
+        self.registered = 0.0  # since when, 0 for not yet
+        self.pinged = 0.0  # when, 0 if a line came since
         self.refused = False  # so that trying again soon could get us banned
         self.logged_in = False
-        self.useful_caps = {"message-tags", "sasl"} if options.account else {"message-tags"}
-        self.offered_caps: set[str] = set()
+        self.offered_caps: set[str] = set()  # those of use
         self.nick = self.wanted_nick = options.nick
-        self.nicks_taken = 0
-        self.nick_due = float("inf")  # when to ask for the wanted one again
+        self.nick_endings = iter(["_", "__", nick_tail])  # to try when the wanted one is taken
+        self.nick_due = math.inf  # when to ask for the wanted one again
         self.mask = f"~fingerd@{'x' * IRC_HOST_BYTES}"  # our user@host, or as long as it may get
         self.casemapping = "rfc1459"
         self.joined: set[str] = set()  # folded
         self.version = 0  # of the store, as far as it was announced
+        self.askers: dict[str, tuple[int, float]] = {}  # queries of each user@host, until when
+        self.queue: collections.deque[tuple[float, bytes]] = collections.deque(
+            maxlen=IRC_QUEUE_LINES
+        )  # lines, and until when they are wanted
+        self.pace = 0.0  # each line sent moves it on; it may run ahead of the clock
 
     def begin(self, now: float) -> None:
         """The connection stands."""
@@ -1646,9 +1573,9 @@ class IrcSession:
         self.send("USER", "fingerd", "0", "*", IRC_REALNAME)
 
     def receive(self, raw: bytes, now: float) -> None:
-        """Acts on a line, which may be anything at all."""
+        """Act on a line, which may be anything at all."""
         self.now = self.heard = now
-        self.pinged = None
+        self.pinged = 0.0
         line = parse_irc_line(raw)
         if "!" in line.source and self.is_me(line.nick):
             self.mask = line.source.partition("!")[2]
@@ -1657,51 +1584,52 @@ class IrcSession:
             handler(line)
 
     def tick(self, now: float) -> None:
-        """Does what it is time for."""
+        """Do what it is time for."""
         self.now = now
-        if now >= self.patience_ends():
-            self.lose_patience()
+        self.mind_the_silence()
         if now >= self.nick_due:
-            self.nick_due = now + self.deadlines.silence
+            self.nick_due = now + IRC_SILENCE_SECONDS
             if not self.is_me(self.wanted_nick):
                 self.send("NICK", self.wanted_nick)
-        # While answers wait, changes do too, and become one burst instead of a longer queue.
-        if self.joined and not self.outbox.answers:
+        # While lines wait, changes do too, and become one burst instead of a longer queue.
+        if self.joined and not self.queue:
             self.announce()
 
-    def deadline(self) -> float:
-        """When to tick at the latest."""
-        poll = self.now + IRC_POLL_SECONDS if self.joined else float("inf")
-        return min(poll, self.patience_ends(), self.nick_due, self.outbox.due())
+    def mind_the_silence(self) -> None:
+        if not self.registered:
+            if self.now >= self.started + IRC_REGISTER_SECONDS:
+                raise IrcFailure("the server did not register us in time")
+        elif self.pinged:
+            if self.now >= self.pinged + IRC_ANSWER_SECONDS:
+                raise IrcFailure("the server has gone silent")
+        elif self.now >= self.heard + IRC_SILENCE_SECONDS:
+            self.pinged = self.now
+            self.send("PING", "fingerd")
 
     def settled(self, now: float) -> bool:
         """Whether the connection has lasted long enough to count as a success."""
-        return self.registered is not None and now >= self.registered + self.deadlines.settled
+        return 0 < self.registered <= now - IRC_SETTLED_SECONDS
 
-    def patience_ends(self) -> float:
-        """Until when to wait: to be registered, for any line, for an answer to our PING."""
-        if self.registered is None:
-            return self.started + self.deadlines.register
-        if self.pinged is None:
-            return self.heard + self.deadlines.silence
-        return self.pinged + self.deadlines.answer
-
-    def lose_patience(self) -> None:
-        if self.registered is None:
-            raise IrcFailure("the server did not register us in time")
-        if self.pinged is not None:
-            raise IrcFailure("the server has gone silent")
-        self.pinged = self.now
-        self.send("PING", "fingerd")
+    def take(self, now: float) -> bytes:
+        """The lines that may go now, at the pace of RFC 1459, section 8.10."""
+        taken = b""
+        while self.queue and self.pace <= now + (IRC_BURST_LINES - 1) * IRC_LINE_SECONDS:
+            wanted_until, line = self.queue.popleft()
+            if now <= wanted_until:
+                taken += line
+                self.pace = max(self.pace, now) + IRC_LINE_SECONDS
+        return taken
 
     def send(self, command: str, *params: str) -> None:
-        self.outbox.protocol.append(format_irc_line(command, *params))
+        self.queue.append((math.inf, format_irc_line(command, *params)))
 
     def say(self, command: str, target: str, text: str) -> None:
-        """Queues a text that is no other bot's command, cut to fit the line others receive."""
+        """Queue a text that is no other bot's command, cut to fit the line others receive."""
         rest = f":{self.nick}!{self.mask} {command} {target} :\r\n"
         text = cut_bytes(text.lstrip("! "), IRC_LINE_BYTES - len(rest.encode()))
-        self.outbox.answers.append((self.now, format_irc_line(command, target, text)))
+        if len(self.queue) < IRC_QUEUE_LINES:  # behind so many it would come too late
+            line = format_irc_line(command, target, text)
+            self.queue.append((self.now + IRC_STALE_SECONDS, line))
 
     def fold(self, name: str) -> str:
         return fold_irc(name, self.casemapping)
@@ -1718,7 +1646,7 @@ class IrcSession:
         return text.replace(self.options.password, "***") if self.options.password else text
 
     def on_PING(self, line: IrcLine) -> None:
-        self.outbox.protocol.appendleft(format_irc_line("PONG", line.param(0)))
+        self.queue.appendleft((math.inf, format_irc_line("PONG", line.param(0))))
 
     def on_ERROR(self, line: IrcLine) -> None:
         raise IrcFailure(f"the server says: {self.quote(line)}")
@@ -1728,24 +1656,25 @@ class IrcSession:
         verb, caps = line.param(1), " ".join(line.params[2:]).split()
         if verb == "LS":
             self.choose_caps(caps)
-        elif verb == "NEW" and self.registered is not None and "message-tags" in caps:
+        elif verb == "NEW" and self.registered and "message-tags" in caps:
             self.send("CAP", "REQ", "message-tags")
         elif verb == "NAK" and "sasl" in caps:
             raise IrcFailure("the server does not let us log in (SASL)")
         elif verb == "ACK" and "sasl" in caps:
             self.send("AUTHENTICATE", "PLAIN")
-        elif verb in ("ACK", "NAK") and self.registered is None:
+        elif verb in ("ACK", "NAK") and not self.registered:
             self.send("CAP", "END")
 
     def choose_caps(self, caps: list[str]) -> None:
-        """Requests what we use, once all is listed: on every line but the last, a * comes first."""
+        """Request what we use, once all is listed: on every line but the last, a * comes first."""
+        useful = {"message-tags", "sasl"} if self.options.account else {"message-tags"}
         for cap in caps:
             name, _, mechanisms = cap.partition("=")
-            if name in self.useful_caps and (not mechanisms or "PLAIN" in mechanisms):
+            if name in useful and (not mechanisms or "PLAIN" in mechanisms):
                 self.offered_caps.add(name)
         if caps[:1] == ["*"]:
             return
-        if "sasl" in self.useful_caps - self.offered_caps:
+        if "sasl" in useful - self.offered_caps:
             raise IrcFailure("the server offers no log-in by password (SASL PLAIN)")
         if self.offered_caps:
             self.send("CAP", "REQ", " ".join(sorted(self.offered_caps)))
@@ -1769,15 +1698,15 @@ class IrcSession:
     on_464 = on_465 = on_902 = on_905 = on_906 = on_908 = on_904
 
     def on_433(self, line: IrcLine) -> None:
-        if self.registered is None:
-            self.nicks_taken += 1
-            self.try_nick(spare_nick(self.wanted_nick, self.nicks_taken, self.nick_tail))
+        if not self.registered:
+            ending = next(self.nick_endings, "")
+            self.try_nick(ending and self.wanted_nick[: IRC_NICK_BYTES - len(ending)] + ending)
 
     on_436 = on_437 = on_433
 
     def on_432(self, line: IrcLine) -> None:
         """The nick is wrong, perhaps for being too long."""
-        if self.registered is None:
+        if not self.registered:
             self.wanted_nick = self.wanted_nick[:-1][:IRC_NICK_BYTES]
             self.try_nick(self.wanted_nick)
 
@@ -1794,7 +1723,7 @@ class IrcSession:
         if self.wanted_nick.startswith(self.nick):
             self.wanted_nick = self.nick  # cut by the server, which would cut it again
         self.registered = self.now
-        self.nick_due = self.now + self.deadlines.silence
+        self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
         self.report(f"IRC: registered as {clean(self.nick)}")
         if self.options.channels:
@@ -1836,10 +1765,12 @@ class IrcSession:
             self.report(f"IRC: kicked: {self.quote(line)}")
 
     def on_PRIVMSG(self, line: IrcLine) -> None:
-        if not self.is_heeded(line):
-            return
+        """Answer a person who speaks to us, or in a channel that we have joined."""
         target, text = line.param(0), line.param(1)
-        private = self.is_me(target)
+        private, joined = self.is_me(target), self.fold(target) in self.joined
+        is_bot = any(tag.rpartition("/")[2] == "bot" for tag in line.tags)
+        if "!" not in line.source or self.is_me(line.nick) or is_bot or not (private or joined):
+            return
         if text.startswith("\x01"):
             command, reply = "NOTICE", ctcp_reply(text) if private else ""
         else:
@@ -1847,31 +1778,10 @@ class IrcSession:
         if reply and self.is_patient_with(line.source.partition("!")[2]):
             self.say(command, line.nick if private else target, reply)
 
-    def is_heeded(self, line: IrcLine) -> bool:
-        """Whether what seems to be a person speaks to us, or in a channel we have joined."""
-        return (
-            self.registered is not None
-            and "!" in line.source
-            and not self.is_me(line.nick)
-            and not any(tag.rpartition("/")[2] == "bot" for tag in line.tags)
-            and (self.is_me(line.param(0)) or self.fold(line.param(0)) in self.joined)
-        )
-
-    def is_patient_with(self, asker: str) -> bool:
-        """Counts a query. Too many in the minute after a first one, and the asker is ignored."""
-        count, until = self.askers.pop(asker, (0, 0.0))
-        if self.now >= until:
-            count, until = 0, self.now + 60
-        if count == IRC_QUERIES_PER_MINUTE:
-            until = self.now + IRC_IGNORE_SECONDS
-        self.askers[asker] = count + 1, until
-        if len(self.askers) > IRC_ASKERS:  # who has not asked for longest is forgotten
-            del self.askers[next(iter(self.askers))]
-        return count < IRC_QUERIES_PER_MINUTE
-
     def finger_reply(self, text: str, private: bool) -> str:
-        """Answers `NAME` in private, and anywhere `!finger NAME` or `fingerbot: NAME`."""
-        name = clean(IRC_COLOURS.sub("", text))
+        """The answer to `NAME` in private, and anywhere to `!finger NAME` or `fingerbot: NAME`."""
+        # Colour codes are followed by digits, which would stay behind if clean() took them out.
+        name = clean(re.sub("\x03([0-9]{1,2}(,[0-9]{1,2})?)?|\x04([0-9A-Fa-f]{6})?", "", text))
         head, _, rest = name.partition(" ")
         if head == "!finger" or (head.endswith((":", ",")) and self.is_me(head[:-1])):
             name = rest.strip()
@@ -1882,14 +1792,26 @@ class IrcSession:
         status = self.store.get(name)
         return f"{name[:MAX_NAME]}: {status.text if status else NO_SUCH_USER}"
 
+    def is_patient_with(self, asker: str) -> bool:
+        """Count a query. Too many in the minute after a first one, and the asker is ignored."""
+        count, until = self.askers.pop(asker, (0, 0.0))
+        if self.now >= until:
+            count, until = 0, self.now + 60
+        if count == IRC_QUERIES_PER_MINUTE:
+            until = self.now + IRC_IGNORE_SECONDS
+        self.askers[asker] = count + 1, until
+        if len(self.askers) > IRC_ASKERS:  # who has not asked for longest is forgotten
+            del self.askers[next(iter(self.askers))]
+        return count < IRC_QUERIES_PER_MINUTE
+
     def announce(self) -> None:
-        """Tells the channels, in a few lines, what has changed since the last time."""
+        """Tell the channels, in a few lines, what has changed since the last time."""
         changes = self.store.changes_after(self.version)
         if not changes:
             return
         self.version = changes[-1].version
         latest = {change.user: change.text for change in changes}
-        lines = [f"{user}: {text}" for user, text in latest.items() if text]
+        lines = [f"{user}: {text}" for user, text in latest.items()]
         if len(lines) > IRC_ANNOUNCED:
             lines[IRC_ANNOUNCED:] = [f"... and {len(lines) - IRC_ANNOUNCED} more"]
         for line in lines:
@@ -2785,31 +2707,8 @@ class Reloader(threading.Timer):
 # ---- IRC -------------------------------------------------------------------------------------
 
 
-class Stopped(BaseException):
-    """The bot has been told to stop; as with CancelledError, no handler of errors holds it up."""
-
-
-class AddressLookup(threading.Thread):
-    """A name look-up, which nothing can interrupt; `done` turns readable at its end."""
-
-    def __init__(self, host: str, port: int) -> None:
-        super().__init__(name="irc-lookup", daemon=True)
-        self.where = host, port
-        self.addresses: list[Any] = []
-        self.problem = ""
-        self.done, self.ending = socket.socketpair()
-        self.start()
-
-    def run(self) -> None:
-        with self.ending:
-            try:
-                self.addresses = socket.getaddrinfo(*self.where, type=socket.SOCK_STREAM)
-            except (OSError, UnicodeError) as error:
-                self.problem = str(error)
-
-
 def irc_tls(fingerprint: str) -> ssl.SSLContext:
-    """Trusts the system's authorities; or anyone, where a fingerprint is checked afterwards."""
+    """Trust in the system's authorities; or anyone, where a fingerprint is checked afterwards."""
     import ssl  # here, because it costs start time and most servers run without the bot
 
     context = ssl.create_default_context()
@@ -2820,173 +2719,145 @@ def irc_tls(fingerprint: str) -> ssl.SSLContext:
     return context
 
 
-class IrcBot:
-    """Keeps the finger service on IRC: one thread owns the socket, deadlines and retries."""
+class IrcDialer(threading.Thread):
+    """Makes a connection in a thread of its own, for nothing can interrupt the look-up of a name.
 
-    def __init__(
-        self, options: IrcOptions, store: StatusStore, deadlines: IrcDeadlines | None = None
-    ) -> None:
-        self.options = options
-        self.store = store
-        self.deadlines = deadlines or IrcDeadlines()
-        self.tls = irc_tls(options.fingerprint) if options.tls else None
-        self.lookup: AddressLookup | None = None
-        self.alarm, self.waker = socket.socketpair()
-        self.thread = threading.Thread(target=self.run, name="irc", daemon=True)
+    When it has ended, there is either a `problem` or the connection, `sock`.
+    """
 
-    def start(self) -> None:
-        self.thread.start()
+    sock: socket.socket
 
-    def stop(self) -> None:
-        """Says QUIT where there is someone to hear it; takes 2 s at most."""
-        self.waker.close()
-        self.thread.join(IRC_STOP_SECONDS)
-        if self.lookup:
-            self.lookup.done.close()
+    def __init__(self, options: IrcOptions, tls: ssl.SSLContext | None) -> None:
+        super().__init__(name="irc-dialer", daemon=True)
+        self.options, self.tls = options, tls
+        self.addresses: list[Any] = []
+        self.problem = INTERNAL_ERROR  # until it is known to be another or none
+        self.start()
 
     def run(self) -> None:
-        """Connects again and again; failures count until a connection has lasted."""
-        failures = 0
-        with self.alarm, contextlib.suppress(Stopped):
-            while True:
-                tail = f"{random.randrange(10_000):04}"
-                session = IrcSession(self.options, self.store, self.deadlines, tail, log.info)
-                problem = self.attempt(session)
-                if session.settled(time.monotonic()):
-                    failures = 0
-                if session.refused:
-                    failures = IRC_MANY_FAILURES
-                first, longest = self.deadlines.retry, self.deadlines.longest_retry
-                delay = reconnect_delay(failures, random.random(), first, longest)
-                log.warning("IRC: %s; next attempt in %.0f s", problem, delay)
-                self.wait(None, 0, time.monotonic() + delay)
-                failures += 1
-
-    def attempt(self, session: IrcSession) -> str:
-        """Connects, serves as long as that lasts, and says in one line why it ended."""
         try:
-            with self.connect() as plain, self.wrap(plain) as sock:
-                if self.tls:
-                    self.shake_hands(sock)
-                self.serve(sock, session)
-        except IrcFailure as error:
-            return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
-        except Exception:  # whatever we overlooked must not leave us silently gone
-            log.exception("IRC: a fault of the bot")
-            return "a fault of the bot"
+            self.look_up()
+            sock = self.connect()
+            self.sock = self.secure(sock, self.tls) if self.tls else sock
+            self.problem = ""
+        except IrcFailure as problem:
+            self.problem = str(problem)
 
-    def wait(self, sock: socket.socket | None, events: int, deadline: float) -> bool:
-        """Whether the socket was ready before the deadline; raises Stopped when told to stop."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.alarm, selectors.EVENT_READ)
-            if sock:
-                selector.register(sock, events)
-            ready = selector.select(max(0.0, deadline - time.monotonic()))
-        if any(key.fileobj is self.alarm for key, _ in ready):
-            raise Stopped
-        return bool(ready)
-
-    def look_up(self, deadline: float) -> list[Any]:
-        """The server's addresses. A look-up that hangs is left for the next attempt."""
-        lookup = self.lookup = self.lookup or AddressLookup(self.options.host, self.options.port)
-        if not self.wait(lookup.done, selectors.EVENT_READ, deadline):
-            raise IrcFailure(f"the look-up of {self.options.host} takes too long")
-        self.lookup = None
-        lookup.done.close()
-        if not lookup.addresses:
-            raise IrcFailure(f"cannot look up {self.options.host}: {lookup.problem}")
-        return lookup.addresses
+    def look_up(self) -> None:
+        host, port = self.options.host, self.options.port
+        try:
+            self.addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as problem:
+            raise IrcFailure(f"cannot look up {host}: {problem}") from None
 
     def connect(self) -> socket.socket:
         """A connection to the first address that takes one; each gets its share of the time."""
-        deadline = time.monotonic() + self.deadlines.connect
-        addresses = self.look_up(deadline)
-        for left, address in zip(range(len(addresses), 0, -1), addresses):
-            share = (deadline - time.monotonic()) / left
+        share = IRC_CONNECT_SECONDS / len(self.addresses)
+        for *_, address in self.addresses:
             try:
-                return self.connect_to(address, time.monotonic() + share)
+                host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST)  # with its scope
+                return socket.create_connection((host, self.options.port), share)
             except OSError as error:
-                problem = f"cannot connect to {self.options.host}: {error.strerror or error}"
-        raise IrcFailure(problem)
+                problem = error.strerror or error
+        raise IrcFailure(f"cannot connect to {self.options.host}: {problem}")
 
-    def connect_to(self, address: Any, deadline: float) -> socket.socket:
-        family, kind, protocol, _, where = address
-        sock = socket.socket(family, kind, protocol)
+    def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        """TLS over `plain`; raises IrcFailure without it, or without a certificate to trust."""
+        plain.settimeout(IRC_TLS_SECONDS)
         try:
-            sock.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                sock.connect(where)
-            if not self.wait(sock, selectors.EVENT_WRITE, deadline):
-                raise TimeoutError("timed out")
-            problem = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if problem:
-                raise OSError(problem, os.strerror(problem))
-            sock.settimeout(IRC_BLOCK_SECONDS)
-            return sock
-        except BaseException:
-            sock.close()
-            raise
-
-    def wrap(self, plain: socket.socket) -> socket.socket:
-        """The socket itself where no TLS is wanted."""
-        if not self.tls:
-            return plain
-        host = self.options.host
-        try:
-            return self.tls.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
-        except OSError as error:  # the server has hung up already
-            raise IrcFailure(IRC_NO_TLS.format(error)) from error
-
-    def shake_hands(self, sock: Any) -> None:
-        """Raises IrcFailure where there is no TLS, or the certificate is not to be trusted."""
-        deadline = time.monotonic() + self.deadlines.tls
-        while not self.handshake_ends(sock, deadline):
-            self.wait(None, 0, 0)
-        digest = hashlib.sha256(sock.getpeercert(binary_form=True)).hexdigest()
-        if self.options.fingerprint not in ("", digest):
-            raise IrcFailure(f"bad certificate: its SHA-256 is {digest}")
-
-    def handshake_ends(self, sock: Any, deadline: float) -> bool:
-        """Whether TLS stands; if not yet, it is time to see whether we are to stop."""
-        try:
-            sock.do_handshake()
-            return True
+            with plain:  # empty by then, or of no more use
+                sock = tls.wrap_socket(plain, server_hostname=self.options.host)
+            certificate = sock.getpeercert(binary_form=True) or b""
         except OSError as error:
-            if isinstance(error, socket.timeout) and time.monotonic() < deadline:
-                return False
             distrust = getattr(error, "verify_message", "")
-            problem = f"bad certificate: {distrust}" if distrust else IRC_NO_TLS.format(error)
-            raise IrcFailure(problem) from error
+            if distrust:
+                raise IrcFailure(f"bad certificate: {distrust}") from None
+            words = "a server that does not speak it needs --irc-plaintext"
+            raise IrcFailure(f"no TLS ({error}); {words}") from None
+        digest = hashlib.sha256(certificate).hexdigest()
+        if self.options.fingerprint not in ("", digest):
+            sock.close()
+            raise IrcFailure(f"bad certificate: its SHA-256 is {digest}")
+        return sock
 
-    def serve(self, sock: socket.socket, session: IrcSession) -> NoReturn:
-        unread = b""
+
+class IrcBot(threading.Thread):
+    """Keeps the finger service on IRC: one connection after the other, until it is stopped."""
+
+    def __init__(self, options: IrcOptions, store: StatusStore) -> None:
+        super().__init__(name="irc", daemon=True)
+        self.options, self.store = options, store
+        self.tls = irc_tls(options.fingerprint) if options.tls else None
+        self.dialer: IrcDialer | None = None
+        self.stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Say QUIT where there is someone to hear it; takes 2 s at most."""
+        self.stopping.set()
+        self.join(STOP_SECONDS)
+
+    def run(self) -> None:
+        """Connect again and again; failures count until a connection has lasted."""
+        failures, delay = 0, 0.0
+        while not self.stopping.wait(delay):
+            tail = f"{random.randrange(10_000):04}"
+            session = IrcSession(self.options, self.store, tail, log.info)
+            problem = self.attempt(session)
+            if session.settled(time.monotonic()):
+                failures = 0
+            if session.refused:
+                failures = IRC_MANY_FAILURES
+            delay = reconnect_delay(failures, random.random())
+            failures += 1
+            if not self.stopping.is_set():
+                log.warning("IRC: %s; next attempt in %.0f s", problem, delay)
+
+    def attempt(self, session: IrcSession) -> str:
+        """Connect, serve for as long as that lasts, and tell in one line why it ended."""
+        try:
+            with self.connect() as sock:
+                self.serve(sock, session)
+            return "stopped"
+        except OSError as problem:
+            return problem.strerror or str(problem)
+        except Exception:  # whatever we overlooked must not leave us silently gone
+            log.exception("IRC: %s", INTERNAL_ERROR)
+            return INTERNAL_ERROR
+
+    def connect(self) -> socket.socket:
+        """A connection; a dialer whose look-up hangs is left for the next attempt."""
+        dialer = self.dialer = self.dialer or IrcDialer(self.options, self.tls)
+        deadline = time.monotonic() + IRC_CONNECT_SECONDS
+        dialer.join(IRC_POLL_SECONDS)
+        while dialer.is_alive():
+            if self.stopping.is_set():
+                raise IrcFailure("stopped")
+            if not dialer.addresses and time.monotonic() > deadline:
+                raise IrcFailure(f"the look-up of {self.options.host} takes too long")
+            dialer.join(IRC_POLL_SECONDS)
+        self.dialer = None
+        if dialer.problem:
+            raise IrcFailure(dialer.problem)
+        return dialer.sock
+
+    def serve(self, sock: socket.socket, session: IrcSession) -> None:
+        """Speak until told to stop; raises OSError where something else ends it."""
+        sock.settimeout(IRC_POLL_SECONDS)
         session.begin(time.monotonic())
-        try:
-            while True:
-                sock.sendall(session.outbox.take(time.monotonic()))
-                if self.wait(sock, selectors.EVENT_READ, session.deadline()):
-                    unread = self.receive(sock, session, unread)
-                session.tick(time.monotonic())
-        except Stopped:
-            if session.registered is not None:
-                with contextlib.suppress(OSError):
-                    sock.sendall(format_irc_line("QUIT", "stopped"))
-            raise
-
-    def receive(self, sock: socket.socket, session: IrcSession, unread: bytes) -> bytes:
-        """Hands on each line that is complete, and returns the beginning of the next."""
-        try:
-            received = sock.recv(IRC_RECEIVE_BYTES)
-        except socket.timeout:  # a TLS record that has not come whole
-            return unread
-        if not received:
-            raise IrcFailure("the server closed the connection")
-        *lines, unread = (unread + received).split(b"\n")
-        for line in lines:
-            session.receive(line, time.monotonic())
-        return unread[: IRC_TAGS_BYTES + IRC_LINE_BYTES]
+        unread = b""
+        while not self.stopping.is_set():
+            sock.sendall(session.take(time.monotonic()))
+            with contextlib.suppress(socket.timeout):  # nothing, or not yet a whole TLS record
+                received = sock.recv(BLOCK_BYTES)
+                if not received:
+                    raise IrcFailure("the server closed the connection")
+                *lines, unread = (unread + received).split(b"\n")
+                for line in lines:
+                    session.receive(line, time.monotonic())
+                unread = unread[: IRC_TAGS_BYTES + IRC_LINE_BYTES]
+            session.tick(time.monotonic())
+        if session.registered:
+            sock.sendall(format_irc_line("QUIT", "stopped"))
 
 
 # ---- the machine -------------------------------------------------------------------------------

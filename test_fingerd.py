@@ -1952,7 +1952,6 @@ class RealClients(unittest.TestCase):
 
 # ==== helpers
 
-QUICK = fingerd.IrcDeadlines(retry=0.05, longest_retry=0.05)
 MOSHEZ = {"moshez": "Happy and well", "long": "é" * 400}
 
 
@@ -1980,11 +1979,7 @@ class Talk:
         self.log: list[str] = []
         options = {"host": "irc.test", "port": 6697, **options}
         self.session = fingerd.IrcSession(
-            fingerd.IrcOptions(**options),
-            self.store,
-            fingerd.IrcDeadlines(),
-            "4711",
-            self.log.append,
+            fingerd.IrcOptions(**options), self.store, "4711", self.log.append
         )
         self.session.begin(self.now)
         self.hello = self.said()
@@ -2002,9 +1997,9 @@ class Talk:
     def said(self) -> list[str]:
         """All lines that wait, sent at their pace."""
         sent = b""
-        while self.session.outbox.due() < float("inf"):
-            self.now = max(self.now, self.session.outbox.due())
-            sent += self.session.outbox.take(self.now)
+        while self.session.queue:
+            sent += self.session.take(self.now)
+            self.now += bool(self.session.queue)
         return sent.decode().split("\r\n")[:-1]
 
     def register(self, nick: str = "fingerbot") -> Talk:
@@ -2083,21 +2078,26 @@ class IrcBotCase(unittest.TestCase):
 
     def setUp(self) -> None:
         self.log = LogLines(self)
-        pace = mock.patch.object(fingerd, "IRC_LINE_SECONDS", 0.001)
-        pace.start()
-        self.addCleanup(pace.stop)
+        self.allow(line=0.001, retry=0.05, longest_retry=0.05)
         self.store = make_store()
 
-    def start_bot(self, port: int, deadlines: fingerd.IrcDeadlines = QUICK, **options: Any) -> Any:
+    def allow(self, **seconds: float) -> None:
+        """Other time limits than the usual ones until the end of the test."""
+        for name, value in seconds.items():
+            limit = mock.patch.object(fingerd, f"IRC_{name.upper()}_SECONDS", value)
+            limit.start()
+            self.addCleanup(limit.stop)
+
+    def start_bot(self, port: int, **options: Any) -> Any:
         options = {"host": "127.0.0.1", "port": port, "tls": False, **options}
-        bot = fingerd.IrcBot(fingerd.IrcOptions(**options), self.store, deadlines)
+        bot = fingerd.IrcBot(fingerd.IrcOptions(**options), self.store)
         bot.start()
         self.addCleanup(self.stop_bot, bot)
         return bot
 
     def stop_bot(self, bot: Any) -> None:
         bot.stop()
-        self.assertFalse(bot.thread.is_alive())
+        self.assertFalse(bot.is_alive())
 
     def connect(self, port: int) -> IrcPeer:
         peer = IrcPeer(socket.create_connection(("127.0.0.1", port), DEADLINE))
@@ -2348,16 +2348,23 @@ class IrcSessionTest(unittest.TestCase):
 
     def test_lines_go_at_a_steady_pace(self) -> None:
         talk = Talk().register()
-        outbox = talk.session.outbox
+        session = talk.session
         for number in range(11):
             talk.hear(f":ann!b@c{number} PRIVMSG fingerbot :moshez")
         talk.hear("PING x")
-        burst = outbox.take(talk.now)
+        burst = session.take(talk.now)
         self.assertEqual((burst[:6], burst.count(b"\n")), (b"PONG x", 5))
-        self.assertEqual([outbox.take(talk.now + after) for after in (1, 1.9)], [b"", b""])
-        self.assertEqual(outbox.take(talk.now + 2).count(b"\n"), 1)
-        self.assertEqual(outbox.take(talk.now + 31), b"")
-        self.assertEqual(outbox.due(), float("inf"))
+        self.assertEqual([session.take(talk.now + after) for after in (1, 1.9)], [b"", b""])
+        self.assertEqual(session.take(talk.now + 2).count(b"\n"), 1)
+        self.assertEqual(session.take(talk.now + 31), b"")
+        self.assertEqual(len(session.queue), 0)
+
+    def test_questions_do_not_displace_what_the_server_is_to_be_told(self) -> None:
+        talk = Talk(channels=("#a",)).hear(":irc.test 001 fingerbot :Welcome")
+        for number in range(40):
+            talk.hear(f":ann!b@c{number} PRIVMSG fingerbot :moshez")
+        talk.hear("PING x")
+        self.assertEqual(talk.said()[:2], ["PONG x", "JOIN #a"])
 
     def test_who_asks_too_often_is_ignored(self) -> None:
         talk = Talk().register()
@@ -2376,8 +2383,7 @@ class IrcSessionTest(unittest.TestCase):
             talk.hear(f":a!b@{number} PRIVMSG fingerbot :x", "PING x")
         session = talk.session
         self.assertEqual(len(session.askers), fingerd.IRC_ASKERS)
-        waiting = len(session.outbox.protocol), len(session.outbox.answers)
-        self.assertEqual(waiting, (fingerd.IRC_QUEUE_LINES,) * 2)
+        self.assertEqual(len(session.queue), fingerd.IRC_QUEUE_LINES)
 
     def test_silence_ends_it(self) -> None:
         talk = Talk().register().hear("PING x")
@@ -2497,7 +2503,7 @@ class FakeServerCase(IrcBotCase):
     def stop_soon(self, bot: Any) -> None:
         started = time.monotonic()
         bot.stop()
-        self.assertFalse(bot.thread.is_alive())
+        self.assertFalse(bot.is_alive())
         self.assertLess(time.monotonic() - started, 2.0)
 
 
@@ -2543,23 +2549,25 @@ class FakeServerTest(FakeServerCase):
         self.log.wait_for("registered as fingerbot")
 
     def test_it_notices_silence(self) -> None:
-        quick = QUICK._replace(silence=0.1, answer=0.1)
-        self.start_bot(self.port, quick)
+        self.allow(silence=0.1, answer=0.1)
+        self.start_bot(self.port)
         peer = self.accept().register()
         self.assertEqual(peer.file.readline(), b"PING fingerd\r\n")
         self.log.wait_for("IRC: the server has gone silent")
         self.accept()
 
     def test_it_notices_a_server_that_does_not_register_it(self) -> None:
-        self.start_bot(self.port, QUICK._replace(register=0.1))
+        self.allow(register=0.1)
+        self.start_bot(self.port)
         self.accept().wait_for("USER")
         self.log.wait_for("IRC: the server did not register us in time")
 
     def failures(self, settled: float) -> list[int]:
         """How many failures counted before each of five attempts; the last two were registered."""
         delay = mock.Mock(return_value=0.0)
+        self.allow(settled=settled)
         with mock.patch.object(fingerd, "reconnect_delay", delay):
-            bot = self.start_bot(self.port, QUICK._replace(settled=settled))
+            bot = self.start_bot(self.port)
             for number in range(5):
                 peer = self.accept()
                 if number > 2:
@@ -2578,7 +2586,8 @@ class FakeServerTest(FakeServerCase):
 
     def test_a_refused_log_in_brings_the_longest_wait(self) -> None:
         account = {"account": "finger", "password": "secret"}
-        bot = self.start_bot(self.port, fingerd.IrcDeadlines(), **account)
+        self.allow(retry=2.0, longest_retry=600.0)
+        bot = self.start_bot(self.port, **account)
         peer = self.accept()
         for heard, said in [
             ("USER", "CAP * LS :sasl"),
@@ -2593,7 +2602,8 @@ class FakeServerTest(FakeServerCase):
         bot.stop()
 
     def test_it_leaves_nothing_behind(self) -> None:
-        self.start_bot(self.port, QUICK._replace(retry=0.0))
+        self.allow(retry=0.0)
+        self.start_bot(self.port)
         for number in range(1000):
             peer = self.accept()
             if number == 10:
@@ -2609,35 +2619,69 @@ class FakeServerTest(FakeServerCase):
 
     def test_it_stops_while_it_connects(self) -> None:
         connecting = threading.Event()
-        connect_to = fingerd.IrcBot.connect_to
+        create_connection = socket.create_connection
 
         def watched(*arguments: Any) -> socket.socket:
             connecting.set()
-            return connect_to(*arguments)
+            return create_connection(*arguments)
 
         # Once the queue of a server that accepts no one is full, no further connection is made.
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
             port = full.getsockname()[1]
             self.connect(port)
-            with mock.patch.object(fingerd.IrcBot, "connect_to", watched):
+            with mock.patch.object(socket, "create_connection", watched):
                 bot = self.start_bot(port)
                 self.assertTrue(connecting.wait(DEADLINE))
                 self.stop_soon(bot)
 
     def test_it_stops_while_it_waits(self) -> None:
-        bot = self.start_bot(free_port(), fingerd.IrcDeadlines())
+        self.allow(retry=600.0, longest_retry=600.0)
+        bot = self.start_bot(free_port())
         self.log.wait_for("Connection refused; next attempt")
         self.stop_soon(bot)
+
+    def test_every_address_of_a_name_is_tried(self) -> None:
+        there = socket.getaddrinfo("127.0.0.1", self.port, type=socket.SOCK_STREAM)
+        nobody_there = socket.getaddrinfo("127.0.0.2", self.port, type=socket.SOCK_STREAM)
+        answers = mock.Mock(side_effect=[nobody_there + there, nobody_there, there])
+        with mock.patch.object(socket, "getaddrinfo", answers):
+            self.start_bot(self.port, host="irc.test")
+            self.accept().register()
+            self.log.wait_for("registered")
+
+    def test_a_slow_look_up_is_of_use_to_the_next_attempt(self) -> None:
+        hang = threading.Event()
+        self.addCleanup(hang.set)
+        self.allow(connect=0.1)
+        look_up = socket.getaddrinfo
+
+        def slow(*arguments: Any, **options: Any) -> Any:
+            hang.wait()
+            return look_up(*arguments, **options)
+
+        with mock.patch.object(socket, "getaddrinfo", slow):
+            self.start_bot(self.port)
+            self.log.wait_for("takes too long")
+            self.allow(connect=15.0)
+            hang.set()
+            self.accept().register()
+            self.log.wait_for("registered")
 
     def test_it_stops_while_a_name_is_looked_up(self) -> None:
         hang = threading.Event()
         self.addCleanup(hang.set)
-        with mock.patch.object(socket, "getaddrinfo", lambda *_, **__: hang.wait()):
-            bot = self.start_bot(self.port, QUICK._replace(connect=0.1))
+        self.allow(connect=0.1)
+
+        def look_up(*_: Any, **__: Any) -> None:
+            hang.wait()
+            raise socket.gaierror
+
+        with mock.patch.object(socket, "getaddrinfo", look_up):
+            bot = self.start_bot(self.port)
             for _ in range(3):
                 self.log.wait_for("the look-up of 127.0.0.1 takes too long")
-            lookups = [thread for thread in threading.enumerate() if thread.name == "irc-lookup"]
-            self.assertEqual(len(lookups), 1)
+            dialers = [thread for thread in threading.enumerate() if thread.name == "irc-dialer"]
+            self.assertEqual(len(dialers), 1)
             self.stop_soon(bot)
 
     def test_names_that_do_not_exist(self) -> None:
@@ -2703,7 +2747,8 @@ class TlsTest(FakeServerCase):
         self.stop_soon(bot)
 
     def test_a_handshake_takes_no_longer_than_it_may(self) -> None:
-        self.start_bot(self.port, QUICK._replace(tls=0.1), tls=True)
+        self.allow(tls=0.1)
+        self.start_bot(self.port, tls=True)
         self.accept()
         self.log.wait_for("no TLS ")
 
@@ -2775,12 +2820,14 @@ class RealServerCase(IrcBotCase):
         ann.wait_for("PRIVMSG #office :moshez: Giving a tutorial now, sorry!")
 
     def test_tls_where_there_is_none(self) -> None:
-        self.start_bot(self.port, QUICK._replace(tls=0.1), tls=True)
+        self.allow(tls=0.1)
+        self.start_bot(self.port, tls=True)
         self.log.wait_for("--irc-plaintext")
 
     def test_a_taken_nick_is_regained(self) -> None:
         holder = self.ask("fingerbot")
-        self.start_bot(self.port, QUICK._replace(silence=0.5), channels=("#lobby",))
+        self.allow(silence=0.5)
+        self.start_bot(self.port, channels=("#lobby",))
         self.log.wait_for("registered as fingerbo_")
         self.log.wait_for("joined")
         holder.say("JOIN #lobby")
@@ -2799,7 +2846,8 @@ class RealServerCase(IrcBotCase):
         self.log.wait_for("registered")
 
     def test_it_leaves_a_server_that_stands_still(self) -> None:
-        self.start_bot(self.port, QUICK._replace(silence=0.2, answer=0.5, register=5.0))
+        self.allow(silence=0.2, answer=0.5, register=5.0)
+        self.start_bot(self.port)
         self.log.wait_for("registered")
         self.server.send_signal(signal.SIGSTOP)
         self.log.wait_for("silent")
