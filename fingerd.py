@@ -41,7 +41,6 @@ import math
 import os
 import pathlib
 import pwd
-import random
 import re
 import resource
 import shlex
@@ -2800,14 +2799,14 @@ class IrcBot(threading.Thread):
         """Connect again and again; failures count until a connection has lasted."""
         failures, delay = 0, 0.0
         while not self.stopping.wait(delay):
-            tail = f"{random.randrange(10_000):04}"
+            tail = os.urandom(2).hex()
             session = IrcSession(self.options, self.store, tail, log.info)
             problem = self.attempt(session)
             if session.settled(time.monotonic()):
                 failures = 0
             if session.refused:
                 failures = IRC_MANY_FAILURES
-            delay = reconnect_delay(failures, random.random())
+            delay = reconnect_delay(failures, os.urandom(1)[0] / 255)
             failures += 1
             if not self.stopping.is_set():
                 log.warning("IRC: %s; next attempt in %.0f s", problem, delay)
