@@ -43,6 +43,7 @@ import pathlib
 import pwd
 import re
 import resource
+import selectors
 import shlex
 import signal
 import socket
