@@ -2985,15 +2985,17 @@ def import_what_is_lazy(looks_up_hosts: bool) -> None:
         importlib.import_module(name)
 
 
-def find_trim() -> Callable[[int], object]:
-    """malloc_trim(3), or where the C library has none, something that does nothing."""
+def find_trim() -> Callable[[int], object] | None:
+    """malloc_trim(3), or None where there is none that end_after_the_script could use."""
+    if sys.version_info >= (3, 12):  # may start no thread once the script has ended
+        return None
     try:
         import ctypes  # before privileges are dropped
 
         trim: Callable[[int], object] = ctypes.CDLL(None).malloc_trim
         return trim
     except (ImportError, OSError, AttributeError):
-        return lambda _pad: None
+        return None
 
 
 def is_url(users: str) -> bool:
@@ -3168,7 +3170,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         description="Everybody's status line, by finger, web, XML-RPC and IRC, from one file.",
         epilog=EPILOG,
         formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, width=79  # asked, a terminal would cost 2 ms
+            argparse.RawDescriptionHelpFormatter,
+            width=79,  # asked, a terminal would cost 2 ms
         ),
     )
     add = parser.add_argument
@@ -3321,7 +3324,9 @@ def stop(services: Services) -> None:
     notify("STOPPING=1")
     services.reloader.cancel()
     deadline = time.monotonic() + STOP_SECONDS
-    ends = [functools.partial(server.stop, deadline) for server in services.servers]
+    ends: list[Callable[[], object]] = [
+        functools.partial(server.stop, deadline) for server in services.servers
+    ]
     if services.bot:
         ends.append(services.bot.stop)
     stoppers = [threading.Thread(target=end) for end in ends]
@@ -3333,18 +3338,22 @@ def stop(services: Services) -> None:
     log.info("stopped")
 
 
-def wait_for_the_end(services: Services, trim: Callable[[int], object]) -> None:
-    """Stop when a signal says so; a second one ends the process at once.
-
-    Before that, give the kernel back what the syntax tree of this file was in, 6 MiB of 28: Python
-    keeps that until the script, and so the main thread, has come to its end.
-    """
-    threading.main_thread().join()
-    trim(0)
+def wait_for_the_end(services: Services) -> None:
+    """Stop when a signal says so; a second one ends the process at once."""
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         threading.Thread(target=services.reloader.reload, name="SIGHUP", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
     stop(services)
+
+
+def end_after_the_script(services: Services, trim: Callable[[int], object]) -> None:
+    """Give back what the syntax tree of this file was in, 6 MiB of 28; then wait for the end.
+
+    Python keeps the tree until the script, and so the main thread, has come to its end.
+    """
+    threading.main_thread().join()
+    trim(0)
+    wait_for_the_end(services)
 
 
 def raise_descriptor_limit() -> None:
@@ -3355,7 +3364,7 @@ def raise_descriptor_limit() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Start the service, whose last thread the interpreter waits for; the exit status."""
+    """Run the service, or let a thread do so, for which the interpreter waits; the exit status."""
     options = parse_args(arguments)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it can wait until we are ready
     try:
@@ -3371,7 +3380,10 @@ def main(arguments: list[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: one waits for them
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM's is
     start(services)
-    threading.Thread(target=wait_for_the_end, args=(services, trim), name="end").start()
+    if trim:
+        threading.Thread(target=end_after_the_script, args=(services, trim), name="end").start()
+    else:
+        wait_for_the_end(services)
     return 0
 
 
