@@ -3324,12 +3324,11 @@ def stop(services: Services) -> None:
     notify("STOPPING=1")
     services.reloader.cancel()
     deadline = time.monotonic() + STOP_SECONDS
-    ends: list[Callable[[], object]] = [
-        functools.partial(server.stop, deadline) for server in services.servers
+    stoppers = [
+        threading.Thread(target=server.stop, args=(deadline,)) for server in services.servers
     ]
     if services.bot:
-        ends.append(services.bot.stop)
-    stoppers = [threading.Thread(target=end) for end in ends]
+        stoppers.append(threading.Thread(target=services.bot.stop))
     for stopper in stoppers:
         stopper.start()
     for stopper in stoppers:
