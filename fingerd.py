@@ -29,7 +29,6 @@ import errno
 import fcntl
 import functools
 import grp
-import hashlib
 import heapq
 import html
 import http
@@ -56,6 +55,7 @@ import time
 import types
 import urllib.parse
 import xml.parsers.expat
+import zlib
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -133,6 +133,7 @@ DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a peer still sends after
 RECEIVE_BYTES = 4_096  # taken at once from a socket; a parser may remember as much of a stranger's
 BLOCK_BYTES = 65_536  # taken at once from a file, and sent at once
 SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
+LONGEST_SETTLING = 10.0  # for which the timer waits for that
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
 ACCEPT_SECONDS = 0.25  # for which accept waits by itself,
 TURN_SECONDS = 0.01  # and of accepting, before the server looks at those who rest
@@ -175,10 +176,11 @@ T = TypeVar("T")
 # 1. text: whatever comes from outside becomes one printable line, once, at the door
 # ================================================================================================
 
-_UNPRINTABLE = re.compile(
+UNPRINTABLE = (
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL, C1
     "\u2028\u2029"  # line and paragraph separators
     "\u202a-\u202e\u2066-\u2069"  # bidirectional embeddings, overrides and isolates
+    "\ufeff"  # the byte order mark
     "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"  # lone surrogates, noncharacters
 )
 
@@ -191,7 +193,7 @@ def decode(raw: bytes) -> str:
 def clean(text: str) -> str:
     """`text` as one printable line without blanks at its ends; fit for a terminal, IRC and XML."""
     if not text.isprintable():
-        text = _UNPRINTABLE.sub("", text.replace("\t", " "))
+        text = re.sub(UNPRINTABLE, "", text.replace("\t", " "))
     return text.strip()
 
 
@@ -221,40 +223,24 @@ def status_problem(text: str) -> str:
 
 
 class UsersFile(NamedTuple):
-    """What a users file says: every good line, and what is wrong with the others."""
+    """What a users file says."""
 
     texts: dict[str, str]
-    problems: list[tuple[int, str]]  # line number and reason; the first MAX_PROBLEMS of them
-    bad_lines: int
+    problems: list[str]  # `LINE: reason` of the first MAX_PROBLEMS, and how many more there are
+    modified: float = 0.0  # seconds since 1970
 
 
-def clean_lines(blocks: Iterable[bytes]) -> Iterator[list[str]]:
-    """The lines in a stream of UTF-8, those that end in one block together.
-
-    Nothing more is kept of an endless line than shows that it is longer than MAX_FILE_LINE.
-    """
-    rest, mark = b"", "\ufeff"  # a byte order mark may come first
+def clean_lines(blocks: Iterable[bytes]) -> Iterator[str]:
+    """The lines in a stream of UTF-8; a far too long one is cut, but not below MAX_FILE_LINE."""
+    rest = b""
     for block in itertools.chain(blocks, [b"\n"]):
         ended, newline, begun = block.rpartition(b"\n")
-        if not newline:
+        if newline:
+            text, rest = decode(rest + ended), begun
+            lines = text.split("\n")
+            yield from lines if text.replace("\n", "").isprintable() else map(clean, lines)
+        else:
             rest = (rest + block)[: 4 * MAX_FILE_LINE + 4]
-            continue
-        text = decode(rest + ended).lstrip(mark)
-        rest, mark = begun, ""
-        lines = text.split("\n")
-        yield lines if text.replace("\n", "").isprintable() else list(map(clean, lines))
-
-
-def parse_users_line(line: str) -> tuple[str, str, str]:
-    """Name, status and the problem with the line: the two first or the last is "", or all three."""
-    if len(line) > MAX_FILE_LINE:
-        return "", "", f"the line is longer than {MAX_FILE_LINE} characters"
-    name, colon, text = line.partition(":")
-    name, text = name.strip(), text.strip()
-    if name[:1] == "#" or not (name or colon):
-        return "", "", ""
-    problem = name_problem(name) or status_problem(text) if colon else "no colon"
-    return ("", "", problem) if problem else (name, text, "")
 
 
 def parse_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
@@ -264,21 +250,28 @@ def parse_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
     anew costs little memory. Reading stops where there are more than MAX_USERS users.
     """
     texts: dict[str, str] = {}
-    problems: list[tuple[int, str]] = []
+    problems: list[str] = []
     bad_lines = 0
-    lines = itertools.chain.from_iterable(clean_lines(blocks))
-    for number, line in enumerate(lines, 1):
-        name, text, problem = parse_users_line(line)
-        if name:
-            old = known.get(name, "")
-            texts[name] = old if old == text else text
-            if len(texts) > MAX_USERS:
-                break
-        elif problem:
+    for number, line in enumerate(clean_lines(blocks), 1):
+        name, colon, text = line.partition(":")
+        name, text = name.strip(), text.strip()
+        if name[:1] == "#" or not (name or colon):
+            continue
+        problem = name_problem(name) or status_problem(text) if colon else "no colon"
+        if len(line) > MAX_FILE_LINE:
+            problem = f"the line is longer than {MAX_FILE_LINE} characters"
+        if problem:
             bad_lines += 1
             if bad_lines <= MAX_PROBLEMS:
-                problems.append((number, problem))
-    return UsersFile(texts, problems, bad_lines)
+                problems.append(f"{number}: {problem}")
+            continue
+        old = known.get(name, "")
+        texts[name] = old if old == text else text
+        if len(texts) > MAX_USERS:
+            break
+    if bad_lines > MAX_PROBLEMS:
+        problems.append(f" ... and {bad_lines - MAX_PROBLEMS} more bad lines")
+    return UsersFile(texts, problems)
 
 
 def format_users_line(name: str, text: str) -> str:
@@ -302,18 +295,6 @@ _TELNET = re.compile(rb"(?:[ \t]|\xff[\xfb-\xfe].|\xff\xfa.*?\xff\xf0|\xff[\xf1-
 _LINE_END = re.compile(rb"\r?\n|\r\0")
 
 
-def parse_finger_line(line: str) -> FingerQuery:
-    """The query in one printable line: `[/W] [user][@host]`, or with the /W behind."""
-    words = line.upper()
-    long = words == "/W" or words.startswith("/W ")
-    if long:
-        line = line[2:].lstrip()
-    elif words.endswith(" /W"):
-        long, line = True, line[:-2].rstrip()
-    user, at, host = line.partition("@")
-    return FingerQuery(user.rstrip(), long, host.strip() if at else None)
-
-
 @functools.lru_cache(maxsize=1024)  # most ask for the same few: 2.2 µs less per answer
 def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     """The query in what a client has sent so far, or None while its line has not ended.
@@ -326,7 +307,15 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     size = end.start() if end else len(data) - data.endswith(b"\r")
     if size > MAX_QUERY:
         return FingerQuery(too_long=True)
-    return parse_finger_line(clean(decode(data[start:size]))) if end or ended else None
+    if not end and not ended:
+        return None
+    line = clean(decode(data[start:size]))
+    padded = f" {line} ".upper()
+    in_front, behind = padded.startswith(" /W "), padded.endswith(" /W ")
+    if in_front or behind:
+        line = line[2:] if in_front else line[:-2]
+    user, at, host = line.partition("@")
+    return FingerQuery(user.strip(), in_front or behind, host.strip() if at else None)
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
@@ -340,46 +329,38 @@ class Setting(NamedTuple):
     problem: str = ""
 
 
-# A page in somebody's browser can make it POST to localhost; it cannot make it leave this out.
-_HTTP_REQUEST = re.compile(r"\S+ .*HTTP/[0-9.]+")
-
-
 def parse_setting(data: bytes, ended: bool) -> Setting | None:
     """The setting in what a client has sent so far, or None while there may be more of it."""
     first, newline, rest = data.partition(b"\n")
-    second, second_newline, _ = rest.partition(b"\n")
+    second, complete, _ = rest.partition(b"\n")
     if len(first) + len(second) > MAX_SETTING:
         return Setting("", "", "too long")
     if not newline and not ended:
         return None
     user, text = clean(decode(first)), clean(decode(second))
-    if _HTTP_REQUEST.fullmatch(user):
-        return Setting("", "", "this is not a web server")
-    if name_problem(user):
-        return Setting("", "", name_problem(user))
-    if not second_newline and not ended:
+    problem = name_problem(user)
+    # A page in somebody's browser can make it POST to localhost, but not leave this line out.
+    if re.fullmatch(r"\S+ .*HTTP/[0-9.]+", user):
+        problem = "this is not a web server"
+    if problem:
+        return Setting("", "", problem)
+    if not complete and not ended:
         return None
-    if not rest:
-        return Setting("", "", "no status line")
-    return Setting(user, text, status_problem(text))
+    return Setting(user, text, status_problem(text) if rest else "no status line")
 
 
 # ---- times -------------------------------------------------------------------------------------
 
 
-def utc(when: float) -> datetime.datetime:
-    """The moment `when` (seconds since 1970) as a date in UTC."""
-    return datetime.datetime.fromtimestamp(when, datetime.timezone.utc)
+def iso_time(when: float) -> str:
+    """`when` (seconds since 1970) as programs read it (RFC 3339): 2026-11-23T01:40:00Z."""
+    utc = datetime.datetime.fromtimestamp(when, datetime.timezone.utc)
+    return utc.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def plain_time(when: float) -> str:
     """`when` as people read it: 2026-11-23 01:40 UTC."""
-    return utc(when).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def iso_time(when: float) -> str:
-    """`when` as programs read it (RFC 3339): 2026-11-23T01:40:00Z."""
-    return utc(when).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return iso_time(when)[:16].replace("T", " ") + " UTC"
 
 
 @functools.lru_cache(maxsize=1024)  # the Date header is made once a second: 3 µs less per answer
@@ -406,76 +387,52 @@ class HttpHead(NamedTuple):
 
 
 _HEAD_END = re.compile(rb"\n\r?\n")
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
-_HEADER = re.compile(rb"(" + _TOKEN + rb"):([^\x00-\x08\x0a-\x1f\x7f]*)")
-_TARGET = re.compile(r"(?:https?://[^/?#]*)?(/[^?]*|)(?:\?(.*))?", re.IGNORECASE)
-_HOST = re.compile(r"[0-9A-Za-z._:\[\]%-]*")
-
-
-def parse_headers(lines: list[bytes]) -> dict[str, str] | None:
-    """The headers in `lines`, or None if one is malformed or a Host or Content-Length repeated."""
-    headers: dict[str, str] = {}
-    for line in lines:
-        match = _HEADER.fullmatch(line)
-        if not match:
-            return None
-        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
-        if name in headers:
-            if name in ("host", "content-length"):
-                return None
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return headers
+_HEAD = re.compile(
+    rb"[\r\n]*(%(token)s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n"
+    rb"((?:%(token)s:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*)\r?\n"
+    % {b"token": rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"}
+)
+_TARGET = r"(?i:https?://[^/?#]*)?(/[^?]*|)(?:\?(.*))?"
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     """The status that refuses a request with these headers, or 0."""
-    length = headers.get("content-length", "0")
     if "transfer-encoding" in headers:
         return 501
-    if ("host" not in headers and http_1_1) or not _HOST.fullmatch(headers.get("host", "")):
-        return 400
-    if not (length.isascii() and length.isdigit()):
+    # A repeated one has a comma in it; a missing Host is as good as a blank on 1.1, and as none.
+    host = headers.get("host", " " if http_1_1 else "")
+    length = headers.get("content-length", "0")
+    if not (re.fullmatch(r"[0-9A-Za-z._:\[\]%-]*", host) and re.fullmatch("[0-9]+", length)):
         return 400
     if len(length) > 9 or int(length) > MAX_BODY:
         return 413
     return 417 if headers.get("expect", "100-continue").lower() != "100-continue" else 0
 
 
-def size_problem(lines: list[bytes]) -> int:
-    """The status that refuses a head (or its beginning) of these lines for its size, or 0."""
-    if len(lines[0]) > MAX_HTTP_LINE:
-        return 414
-    too_long = any(len(line) > MAX_HTTP_LINE for line in lines)
-    return 431 if too_long or sum(map(len, lines)) + len(lines) > MAX_HTTP_HEAD else 0
-
-
 @functools.lru_cache(maxsize=256)  # a client repeats itself: 9 µs less per kept-alive request
 def judge_http_head(head: bytes) -> HttpHead:
     """What a complete request head asks, read strictly: a doubtful one could be smuggled."""
-    lines = [
-        line[:-1] if line.endswith(b"\r") else line for line in head.lstrip(b"\r\n").split(b"\n")
-    ]
-    match = _REQUEST_LINE.fullmatch(lines[0])
-    if size_problem(lines):
-        return HttpHead(size_problem(lines))
+    match = _HEAD.fullmatch(head)
     if not match:
         return HttpHead(400)
-    if match[3] != b"1":
+    method, target, major, minor, lines = (part.decode("latin-1") for part in match.groups())
+    if major != "1":
         return HttpHead(505)
-    http_1_1, headers = match[4] != b"0", parse_headers(lines[1:-2])
-    method, target = match[1].decode(), _TARGET.fullmatch(match[2].decode("latin-1"))
-    if headers is None or (target is None and method not in ("OPTIONS", "CONNECT")):
-        return HttpHead(400)
-    if header_problem(headers, http_1_1):
-        return HttpHead(header_problem(headers, http_1_1))
-    tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
+    headers: dict[str, str] = {}
+    for line in lines.split("\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t\r")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    http_1_1 = minor != "0"
+    problem, place = header_problem(headers, http_1_1), re.fullmatch(_TARGET, target)
+    if problem or not (place or method in ("OPTIONS", "CONNECT")):
+        return HttpHead(problem or 400)
+    tokens = [token.strip().lower() for token in headers.get("connection", "").split(",")]
     return HttpHead(
         size=len(head),
         method=method,
-        path=target[1] or "/" if target else "*",
-        query=target[2] or "" if target else "",
+        path=place[1] or "/" if place else "*",
+        query=place[2] or "" if place else "",
         headers=headers,
         length=int(headers.get("content-length", "0")),
         http_1_1=http_1_1,
@@ -485,21 +442,22 @@ def judge_http_head(head: bytes) -> HttpHead:
 
 def parse_http_head(data: bytes, ended: bool) -> HttpHead | None:
     """The request head at the front of `data`, or None while it is incomplete."""
-    begun = data.lstrip(b"\r\n")  # some clients end a body with an empty line too many
-    end = _HEAD_END.search(data, len(data) - len(begun))
+    begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with a line too many
+    end = _HEAD_END.search(data, begin)
     head = data[: end.end()] if end else data
-    if end and len(head) <= MAX_HTTP_HEAD:
-        return judge_http_head(head)
-    lines = head.lstrip(b"\r\n").split(b"\n")
-    problem = size_problem(lines) or (431 if len(head) > MAX_HTTP_HEAD else 0)
-    return HttpHead(problem) if problem else None
+    if len(head) > MAX_HTTP_LINE:
+        sizes = [len(line.rstrip(b"\r")) for line in head[begin:].split(b"\n")]
+        if sizes[0] > MAX_HTTP_LINE:
+            return HttpHead(414)
+        if len(head) > MAX_HTTP_HEAD or max(sizes) > MAX_HTTP_LINE:
+            return HttpHead(431)
+    return judge_http_head(head) if end else None
 
 
-def format_http_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+def format_http_head(status: int, headers: Mapping[str, str]) -> bytes:
     """The status line and the headers of a response, with the empty line behind them."""
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+    top = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"
+    return "\r\n".join([top, *map(": ".join, headers.items()), "\r\n"]).encode("latin-1")
 
 
 def path_user(path: str) -> str:
@@ -509,14 +467,14 @@ def path_user(path: str) -> str:
 
 def weigh(accept: str, media_type: str) -> float:
     """How much an Accept header wants `media_type`, 0 to 1; the most specific range counts."""
-    best = (-1, 0.0)
+    weights: dict[str, float] = {}
     for part in accept.lower().split(","):
         media_range, *parameters = [word.strip() for word in part.split(";")]
-        ranks = {"*/*": 0, media_type.split("/")[0] + "/*": 1, media_type: 2}
-        weights = [word[2:] for word in parameters if word.startswith("q=")] or ["1"]
-        if media_range in ranks and re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weights[0]):
-            best = max(best, (ranks[media_range], float(weights[0])))
-    return best[1]
+        weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
+        if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight):
+            weights[media_range] = float(weight)
+    ranges = [media_type, media_type.split("/")[0] + "/*", "*/*"]
+    return next((weights[name] for name in ranges if name in weights), 0.0)
 
 
 # ---- pages -------------------------------------------------------------------------------------
@@ -536,11 +494,22 @@ def choose_format(query: str, accept: str) -> str:
     if asked:
         return asked[-1] if asked[-1] in FORMATS else ""
     weights = {name: weigh(accept or "*/*", media_type) for name, media_type in FORMATS.items()}
-    best = max(weights, key=lambda name: weights[name])
+    best = max(FORMATS, key=weights.__getitem__)
     return best if weights[best] else ""
 
 
-_STYLE = """
+def digest(pieces: Iterable[bytes]) -> str:
+    """What tells these bytes from others, in every process alike, on any machine.
+
+    hash() differs from process to process, and hashlib loads OpenSSL: 2.5 ms and 3 MiB at start.
+    """
+    crc = size = 0
+    for piece in pieces:
+        crc, size = zlib.crc32(piece, crc), size + len(piece)
+    return f"{crc:08x}-{size:x}"
+
+
+STYLE = """
 :root { color-scheme: light dark }
 body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 2rem auto }
 body { padding: 0 1rem }
@@ -551,9 +520,9 @@ dd { margin: 0 }
 time { white-space: nowrap }
 time, footer { opacity: .7; font-size: .9rem }
 """
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+STYLE_SHA256 = "p9P+gZStaLQA1iL8y7C7SC6/0WN80OI1Wo5HcskBXQc="
 CONTENT_SECURITY_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; "
+    f"default-src 'none'; style-src 'sha256-{STYLE_SHA256}'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PAGE = """<!DOCTYPE html>
@@ -572,13 +541,31 @@ _PAGE = """<!DOCTYPE html>
 </main>
 </body>
 </html>"""
+_FEED = """<?xml version="1.0" encoding="utf-8"?>
+<feed xmlns="http://www.w3.org/2005/Atom">
+<id>{id}</id>
+<title>{title}</title>
+<updated>{updated}</updated>
+<author><name>fingerd</name></author>
+<link rel="alternate" type="text/html" href="{url}"/>
+<link rel="self" href="{url}?format=atom"/>
+{entries}</feed>
+"""
+_ENTRY = """<entry>
+<id>{id}</id>
+<title>{user}: {text}</title>
+<updated>{updated}</updated>
+<author><name>{user}</name></author>
+<link rel="alternate" type="text/html" href="{url}"/>
+<content>{text}</content>
+</entry>
+"""
 
 
-def html_page(title: str, main: str, feed: str = "") -> str:
-    """A whole page around `main`, which is HTML already; `feed` is the URL of its Atom feed."""
-    if feed:
-        feed = f'<link rel="alternate" type="application/atom+xml" href="{html.escape(feed)}">\n'
-    return _PAGE.format(title=html.escape(title), main=main, feed=feed, style=_STYLE)
+def html_page(title: str, main: str, url: str = "") -> str:
+    """A whole page around `main`; both that and `url`, where there is a feed, are HTML already."""
+    feed = f'<link rel="alternate" type="application/atom+xml" href="{url}?format=atom">\n'
+    return _PAGE.format(title=html.escape(title), main=main, feed=feed if url else "", style=STYLE)
 
 
 def html_time(when: float) -> str:
@@ -596,34 +583,35 @@ def json_status(user: str, text: str, since: float) -> str:
     return json.dumps({"user": user, "status": text, "since": iso_time(since)}, ensure_ascii=False)
 
 
-class FeedEntry(NamedTuple):
-    """One status in a feed; `id` stays the same as long as the status does."""
-
-    id: str
-    user: str
-    text: str
-    since: float
-    url: str
+def user_url(base: str, user: str) -> str:
+    """The user's URL below `base`; everybody's where `user` is ""."""
+    return base + urllib.parse.quote(user, safe="")
 
 
-def atom_feed(feed_id: str, title: str, url: str, updated: float, entries: list[FeedEntry]) -> str:
-    """An Atom feed (RFC 4287) of `entries`, whose page stands at the absolute `url`."""
-    parts = [
-        '<?xml version="1.0" encoding="utf-8"?>\n<feed xmlns="http://www.w3.org/2005/Atom">\n'
-        f"<id>{html.escape(feed_id)}</id>\n<title>{html.escape(title)}</title>\n"
-        f"<updated>{iso_time(updated)}</updated>\n<author><name>fingerd</name></author>\n"
-        f'<link rel="alternate" type="text/html" href="{html.escape(url)}"/>\n'
-        f'<link rel="self" href="{html.escape(url)}?format=atom"/>\n'
-    ]
-    for entry in entries:
-        user, text, url = (html.escape(words) for words in (entry.user, entry.text, entry.url))
-        parts.append(
-            f"<entry>\n<id>{html.escape(entry.id)}</id>\n<title>{user}: {text}</title>\n"
-            f"<updated>{iso_time(entry.since)}</updated>\n<author><name>{user}</name></author>\n"
-            f'<link rel="alternate" type="text/html" href="{url}"/>\n'
-            f"<content>{text}</content>\n</entry>\n"
+def atom_feed(
+    root: str, base: str, user: str, updated: float, statuses: Iterable[tuple[str, Status]]
+) -> str:
+    """The Atom feed (RFC 4287) of `user`, of everybody for ""; links begin with `base`.
+
+    The ids, which begin with `root`, stay the same as long as the texts do, after a restart too.
+    """
+    entries = [
+        _ENTRY.format(
+            id=f"{user_url(root, name)}#{digest([text.encode()])}",
+            user=html.escape(name),
+            text=html.escape(text),
+            updated=iso_time(since),
+            url=user_url(base, name),
         )
-    return "".join(parts) + "</feed>\n"
+        for name, (text, since) in statuses
+    ]
+    return _FEED.format(
+        id=user_url(root, user),
+        title=html.escape(user or "fingerd"),
+        updated=iso_time(updated),
+        url=user_url(base, user),
+        entries="".join(entries),
+    )
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -633,21 +621,13 @@ INVALID_PARAMS, FAULT_INSIDE = -32602, -32603  # Fault Code Interoperability" (D
 DENIED = -32500
 
 
-class RpcCall(NamedTuple):
-    """A call, or the fault with which it is answered."""
-
-    method: str = ""
-    params: tuple[Any, ...] = ()
-    fault: xmlrpc.client.Fault | None = None
-
-
 def _refuse_doctype(*_declaration: object) -> None:
     """Ends the parse: entities, which can expand without bounds, need a DOCTYPE."""
     raise ValueError("a DOCTYPE is not accepted")
 
 
-def parse_rpc_call(body: bytes) -> RpcCall:
-    """The method call in `body`, whatever encoding it declares."""
+def parse_rpc_call(body: bytes) -> tuple[str, tuple[Any, ...]] | xmlrpc.client.Fault:
+    """The method and the parameters in `body`, whatever encoding it declares, or what is wrong."""
     target = xmlrpc.client.Unmarshaller()
     parser = xml.parsers.expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = target.start, target.end
@@ -656,22 +636,14 @@ def parse_rpc_call(body: bytes) -> RpcCall:
     try:
         target.xml(None, None)  # type: ignore[arg-type]  # it is given text, not bytes
         parser.Parse(body, True)
-        params = target.close()
+        params, method = target.close(), target.getmethodname()
     except xmlrpc.client.Fault:  # a posted <methodResponse> that holds a fault
-        return RpcCall(fault=xmlrpc.client.Fault(INVALID_REQUEST, "not a method call"))
+        method = None
     except Exception:  # expat and the unmarshaller raise whatever broken input makes them raise
-        return RpcCall(fault=xmlrpc.client.Fault(PARSE_ERROR, "not well-formed XML-RPC"))
-    method = target.getmethodname()
+        return xmlrpc.client.Fault(PARSE_ERROR, "not well-formed XML-RPC")
     if method is None:
-        return RpcCall(fault=xmlrpc.client.Fault(INVALID_REQUEST, "not a method call"))
-    return RpcCall(method, params)
-
-
-def format_rpc_response(answer: Any) -> bytes:
-    """The response that carries `answer`, a Fault or a value."""
-    value = answer if isinstance(answer, xmlrpc.client.Fault) else (answer,)
-    text = xmlrpc.client.dumps(value, methodresponse=True, allow_none=True)
-    return text.encode("utf-8", "xmlcharrefreplace")
+        return xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
+    return method, params
 
 
 # ---- IRC (RFC 2812, modern.ircdocs.horse, IRCv3) ---------------------------------------------
@@ -1163,14 +1135,13 @@ def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
         return "Finger online user list denied\r\n"
     lines: list[str] = []
     room = MAX_LISTING - len("... and 2000000 more\r\n")
-    for user, status in now.users():
-        since = f" (since {plain_time(status.since)})" if long else ""
-        line = f"{user}: {status.text}{since}\r\n"
-        room -= len(line.encode())
+    for user, (text, when) in now.users():
+        since = f" (since {plain_time(when)})" if long else ""
+        lines.append(f"{user}: {text}{since}\r\n")
+        room -= len(lines[-1].encode())
         if room <= 0:
-            lines.append(f"... and {now.size() - len(lines)} more\r\n")
+            lines[-1] = f"... and {now.size() - len(lines) + 1} more\r\n"
             break
-        lines.append(line)
     return "".join(lines)
 
 
@@ -1199,50 +1170,89 @@ class Page(NamedTuple):
     """All of a response that no single request decides, so that it can be remembered."""
 
     status: int
-    media_type: str
+    headers: dict[str, str]
     pieces: list[bytes]
-    etag: str
     modified: int = 0  # from this second on it is what it is; 0 where nobody can say
-    cache: str = "no-cache"
-    allow: str = ""  # the methods that would be accepted, where this one was not
-
-    def length(self) -> int:
-        """Bytes of the body."""
-        return sum(map(len, self.pieces))
 
 
-def in_pieces(texts: Iterable[str]) -> list[bytes]:
-    """`texts` as UTF-8, in pieces of up to BLOCK_BYTES."""
-    pieces: list[bytes] = []
+def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
+    """The page of `texts`, which became what it is at `since`."""
     texts = iter(texts)
-    while True:
-        some = "".join(itertools.islice(texts, 1_000)).encode()
-        if not some:
-            return pieces
-        pieces += [some[at : at + BLOCK_BYTES] for at in range(0, len(some), BLOCK_BYTES)]
+    pieces = list(iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b""))
+    headers = {
+        "Cache-Control": "no-cache",
+        "Vary": "Accept",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+        "ETag": f'"{digest(pieces)}"',
+        "Content-Type": media_type + "; charset=utf-8",
+        "Content-Length": str(sum(map(len, pieces))),
+    }
+    return Page(status, headers, pieces, int(since) + 1)
 
 
-def make_page(status: int, name: str, texts: Iterable[str], since: float | None = None) -> Page:
-    """The page of `texts` in the format `name`, which became what it is at `since`."""
-    pieces = in_pieces(texts)
-    digest = hashlib.blake2b(digest_size=12)
-    for piece in pieces:
-        digest.update(piece)
-    charset = "" if name == "json" else "; charset=utf-8"
-    modified = 0 if since is None else int(since) + 1
-    return Page(status, FORMATS[name] + charset, pieces, f'"{digest.hexdigest()}"', modified)
-
-
-def error_page(status: int, allow: str = "") -> Page:
-    """The page that says no more than its status."""
+def error_page(status: int, words: str = "") -> Page:
+    """The page that says no more than its status, and perhaps why."""
     phrase = http.HTTPStatus(status).phrase
-    return make_page(status, "html", [html_error(str(status), phrase)])._replace(allow=allow)
+    return make_page(status, "text/html", [html_error(str(status), words or phrase)])
 
 
-def feed_id(user: str, text: str) -> str:
-    """What tells a status from all others, now and after a restart."""
-    digest = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-    return f"{urllib.parse.quote(user, safe='')}#{digest}"
+def finger_links(user: str, policy: Policy) -> list[str]:
+    """How to finger the user, in HTML: the command, and the same as a link."""
+    host, port = policy.finger_host, policy.finger_port
+    if not port:
+        return []
+    command = f"finger {shlex.quote(f'{user}@{host}')}"
+    if port != 79:  # finger(1) takes no port
+        command = f"echo {shlex.quote(user)} | nc {host} {port}"
+        host = f"{host}:{port}"
+    url = html.escape(user_url(f"finger://{host}/", user))
+    return [f"<code>{html.escape(command)}</code>", f'<a href="{url}">finger</a>']
+
+
+def user_html(user: str, status: Status, base: str, policy: Policy) -> str:
+    """The page of one user; `base` is everybody's URL, escaped."""
+    url = user_url(base, user)
+    links = [
+        f'<a href="{base}">everybody</a>',
+        *finger_links(user, policy),
+        f'<a href="{url}?format=atom">feed</a>',
+    ]
+    main = (
+        f"<h1>{html.escape(user)}</h1><p>{html.escape(status.text)}</p>\n"
+        f"<p>since {html_time(status.since)}</p>\n<footer>{' · '.join(links)}</footer>"
+    )
+    return html_page(user, main, url)
+
+
+def list_html(now: Snapshot, base: str, policy: Policy) -> str:
+    """The page at /: the users, unless they are private, and how to use the place."""
+    usage = "<h1>fingerd</h1>\n<p>usage: site/user</p>\n"
+    if policy.private:
+        return html_page("fingerd", usage)
+    rows = [
+        f'<dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
+        f"<dd>{html.escape(text)} {html_time(since)}</dd>\n"
+        for user, (text, since) in itertools.islice(now.users(), MAX_PAGE_USERS)
+    ]
+    users = f"<dl>\n{''.join(rows)}</dl>\n" if rows else ""
+    more = f"<p>... and {now.size() - len(rows)} more</p>\n" if now.size() > len(rows) else ""
+    footer = f'<footer><a href="{base}?format=atom">feed</a></footer>'
+    return html_page("fingerd", usage + users + more + footer, base)
+
+
+def json_list(now: Snapshot) -> Iterator[str]:
+    """The JSON array of everybody, in parts."""
+    objects = (json_status(user, *status) for user, status in now.users())
+    yield "[" + next(objects, "")
+    for each in objects:
+        yield ",\n" + each
+    yield "]\n"
+
+
+def newest(now: Snapshot) -> list[tuple[str, Status]]:
+    """The MAX_FEED newest statuses, the newest first."""
+    return heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
 
 
 class WebAnswers:
@@ -1250,207 +1260,139 @@ class WebAnswers:
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
-        self._remembered: tuple[int, dict[tuple[str, str], Page]] = (0, {})
-        self._newest: tuple[int, list[tuple[str, Status]]] = (0, [])
-        self._base = policy.public_url or "/"
+        self._made: tuple[int, dict[object, Any]] = (0, {})
+
+    def _once(self, now: Snapshot, key: object, make: Callable[[], T]) -> T:
+        """What `make` makes, remembered under `key` until the store changes."""
+        version, made = self._made
+        if version != now.version:
+            made = {}
+            self._made = now.version, made
+        value: T | None = made.get(key)
+        if value is None:
+            value = make()
+            if len(made) >= MAX_PAGES:
+                made.clear()
+            made[key] = value
+        return value
 
     def page(self, head: HttpHead) -> Page:
         """The page that a GET asks for."""
         name = choose_format(head.query, head.headers.get("accept", ""))
         if not name:
-            words = "The formats are " + ", ".join(FORMATS) + "."
-            return make_page(406, "html", [html_error("Not Acceptable", words)])
-        now = self._store.snapshot()
-        version, pages = self._remembered
-        if version != now.version:
-            pages = {}
-            self._remembered = (now.version, pages)
-        page = pages.get((name, head.path))
-        if page is None:
-            page = self._make(now, name, head)
-            if len(pages) >= MAX_PAGES:
-                pages.clear()
-            if page.cache == "no-cache":
-                pages[name, head.path] = page
-        return page
+            return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
+        now, url = self._store.snapshot(), self._policy.public_url
+        if name == "atom" and not url:  # its links have to be absolute, by the Host that was asked
+            url = f"http://{head.headers.get('host') or self._policy.finger_host}/"
+            page = self._make(now, name, head.path, html.escape(url))
+            page.headers["Cache-Control"] = "private, no-cache"
+            return page
+        base = html.escape(url or "/")
+        return self._once(now, (name, head.path), lambda: self._make(now, name, head.path, base))
 
-    def _make(self, now: Snapshot, name: str, head: HttpHead) -> Page:
+    def _make(self, now: Snapshot, name: str, path: str, base: str) -> Page:
         """The page in the format `name` for a path."""
-        if head.path == "/":
-            return self._everybody(now, name, head)
-        user = path_user(head.path)
+        if path == "/":
+            return self._everybody(now, name, base)
+        user = path_user(path)
         status = now.get(user)
         if status is None:
             return self._nobody(name, user[:MAX_NAME])
         if name == "atom":
-            return self._feed(now, head, user, [(user, status)])
-        made = {"html": self._user_html, "json": json_status, "text": self._user_text}[name]
-        return make_page(200, name, [made(user, *status) + "\n"], status.since)
+            return self._feed(now, base, user, [(user, status)])
+        if name == "html":
+            text = user_html(user, status, base, self._policy)
+        else:
+            text = (status.text if name == "text" else json_status(user, *status)) + "\n"
+        return make_page(200, FORMATS[name], [text], status.since)
 
     def _nobody(self, name: str, user: str) -> Page:
-        if name == "text":
-            return make_page(404, name, [NO_SUCH_USER + "\n"])
-        if name == "json":
-            return make_page(404, name, [json.dumps({"user": user, "error": NO_SUCH_USER})])
-        return make_page(404, "html", [html_error(user, NO_SUCH_USER)])
+        error = json.dumps({"user": user, "error": NO_SUCH_USER})
+        texts = {"text": NO_SUCH_USER + "\n", "json": error + "\n"}
+        if name in texts:
+            return make_page(404, FORMATS[name], [texts[name]])
+        return make_page(404, FORMATS["html"], [html_error(user, NO_SUCH_USER)])
 
-    def _user_text(self, _user: str, text: str, _since: float) -> str:
-        return text
-
-    def _user_html(self, user: str, text: str, since: float) -> str:
-        url = self._base + urllib.parse.quote(user, safe="")
-        links = [f'<a href="{html.escape(self._base)}">everybody</a>']
-        if self._policy.finger_port:
-            links += self._finger_links(user)
-        links.append(f'<a href="{html.escape(url)}?format=atom">feed</a>')
-        main = (
-            f"<h1>{html.escape(user)}</h1><p>{html.escape(text)}</p>\n"
-            f"<p>since {html_time(since)}</p>\n<footer>{' · '.join(links)}</footer>"
-        )
-        return html_page(user, main, f"{url}?format=atom")
-
-    def _finger_links(self, user: str) -> list[str]:
-        """How to finger the user: the command, and the same as a link."""
-        host, port = self._policy.finger_host, self._policy.finger_port
-        command = f"finger {shlex.quote(f'{user}@{host}')}"
-        if port != 79:  # finger(1) takes no port
-            command = f"echo {shlex.quote(user)} | nc {host} {port}"
-            host = f"{host}:{port}"
-        url = f"finger://{host}/{urllib.parse.quote(user, safe='')}"
-        return [f"<code>{html.escape(command)}</code>", f'<a href="{html.escape(url)}">finger</a>']
-
-    def _everybody(self, now: Snapshot, name: str, head: HttpHead) -> Page:
+    def _everybody(self, now: Snapshot, name: str, base: str) -> Page:
         """The list of all users in the format `name`."""
         if name == "html":
-            return make_page(200, name, [self._list_html(now)], now.changed)
+            text = list_html(now, base, self._policy)
+            return make_page(200, FORMATS[name], [text], now.changed)
         if self._policy.private:
-            return make_page(403, "text", ["The list of users is private here.\n"])
+            return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
         if name == "atom":
-            return self._feed(now, head, "", self._newest_statuses(now))
+            return self._feed(now, base, "", self._once(now, "newest", lambda: newest(now)))
         if name == "text":
-            lines = (format_users_line(user, status.text) for user, status in now.users())
-            return make_page(200, name, lines, now.changed)
-        objects = (",\n" + json_status(user, *status) for user, status in now.users())
-        first = next(objects, ",\n")[2:]
-        return make_page(200, name, itertools.chain(["[", first], objects, ["]\n"]), now.changed)
-
-    def _list_html(self, now: Snapshot) -> str:
-        """The page at /: the users, unless they are private, and how to use the place."""
-        parts = ["<h1>fingerd</h1>\n<p>usage: site/user</p>\n"]
-        if self._policy.private:
-            return html_page("fingerd", "".join(parts))
-        rows = []
-        for user, (text, since) in itertools.islice(now.users(), MAX_PAGE_USERS):
-            url = html.escape(self._base + urllib.parse.quote(user, safe=""))
-            rows.append(
-                f'<dt><a href="{url}">{html.escape(user)}</a></dt>'
-                f"<dd>{html.escape(text)} {html_time(since)}</dd>\n"
-            )
-        parts += ["<dl>\n", *rows, "</dl>\n"] if rows else []
-        if now.size() > len(rows):
-            parts.append(f"<p>... and {now.size() - len(rows)} more</p>\n")
-        parts.append(f'<footer><a href="{html.escape(self._base)}?format=atom">feed</a></footer>')
-        return html_page("fingerd", "".join(parts), f"{self._base}?format=atom")
-
-    def _newest_statuses(self, now: Snapshot) -> list[tuple[str, Status]]:
-        """The MAX_FEED newest statuses, the newest first."""
-        if self._newest[0] != now.version:
-            newest = heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
-            self._newest = (now.version, newest)
-        return self._newest[1]
+            texts = (format_users_line(user, status.text) for user, status in now.users())
+            return make_page(200, FORMATS[name], texts, now.changed)
+        objects = (json_status(user, *status) for user, status in now.users())
+        others = (",\n" + each for each in objects)
+        parts = itertools.chain(["[", next(objects, "")], others, ["]\n"])
+        return make_page(200, FORMATS[name], parts, now.changed)
 
     def _feed(
-        self, now: Snapshot, head: HttpHead, user: str, statuses: list[tuple[str, Status]]
+        self, now: Snapshot, base: str, user: str, statuses: list[tuple[str, Status]]
     ) -> Page:
-        """The Atom feed of `statuses`; where it had to be made for one Host, for that one alone."""
-        host = head.headers.get("host") or self._policy.finger_host
-        root = self._policy.public_url or f"finger://{self._policy.finger_host}/"
-        base = self._policy.public_url or f"http://{host}/"
-
-        def url(name: str) -> str:
-            return base + urllib.parse.quote(name, safe="")
-
-        entries = [
-            FeedEntry(root + feed_id(name, text), name, text, since, url(name))
-            for name, (text, since) in statuses
-        ]
-        updated = max((status.since for _, status in statuses), default=now.changed)
-        feed = atom_feed(
-            root + urllib.parse.quote(user, safe=""), user or "fingerd", url(user), updated, entries
-        )
-        page = make_page(200, "atom", [feed], updated)
-        return page if self._policy.public_url else page._replace(cache="private, no-cache")
+        root = html.escape(self._policy.public_url or f"finger://{self._policy.finger_host}/")
+        updated = statuses[0][1].since if statuses else now.changed
+        feed = atom_feed(root, base, user, updated, statuses)
+        return make_page(200, FORMATS["atom"], [feed], updated)
 
 
 def is_unchanged(head: HttpHead, page: Page) -> bool:
     """Whether the client has the page already (RFC 9110, section 13.1; a date must be the same)."""
     known = head.headers.get("if-none-match")
     if known is not None:
-        return known == "*" or page.etag in re.findall(r'"[^"]*"', known)
+        return known == "*" or page.headers["ETag"] in re.findall(r'"[^"]*"', known)
     return page.modified > 0 and head.headers.get("if-modified-since") == http_time(page.modified)
 
 
 def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
     """The response with `page` to the request `head` at the time `now`, ready to be sent."""
-    headers = [
-        ("Date", http_time(int(now))),
-        ("Cache-Control", page.cache),
-        ("Vary", "Accept"),
-        ("X-Content-Type-Options", "nosniff"),
-        ("Content-Security-Policy", CONTENT_SECURITY_POLICY),
-    ]
-    if page.etag:
-        headers.append(("ETag", page.etag))
+    headers = {"Date": http_time(int(now)), **page.headers}
     if 0 < page.modified <= now:
-        headers.append(("Last-Modified", http_time(page.modified)))
-    if page.allow:
-        headers.append(("Allow", page.allow))
+        headers["Last-Modified"] = http_time(page.modified)
     if not (head.keep and head.http_1_1):
-        headers.append(("Connection", "keep-alive" if head.keep else "close"))
-    if page.status == 200 and page.etag and is_unchanged(head, page):
+        headers["Connection"] = "keep-alive" if head.keep else "close"
+    if page.status == 200 and head.method != "POST" and is_unchanged(head, page):
+        del headers["Content-Type"], headers["Content-Length"]
         return [format_http_head(304, headers)]
-    headers += [("Content-Type", page.media_type), ("Content-Length", str(page.length()))]
     top = format_http_head(page.status, headers)
-    if head.method == "HEAD":
+    if head.method == "HEAD" or not page.pieces:
         return [top]
-    return [top + page.pieces[0], *page.pieces[1:]] if page.pieces else [top]
+    return [top + page.pieces[0], *page.pieces[1:]]
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
-
-class RpcMethod(NamedTuple):
-    """What introspection tells about a method."""
-
-    signature: list[str]  # the type of the result, then the parameters'
-    help: str
-
-
-RPC_METHODS = {
-    "getUser": RpcMethod(["string", "string"], "The user's status, or 'No such user'."),
-    "listUsers": RpcMethod(["struct"], f"Up to {MAX_RPC_USERS} users with their statuses."),
-    "system.listMethods": RpcMethod(["array"], "The names of all methods."),
-    "system.methodHelp": RpcMethod(["string", "string"], "What a method does."),
-    "system.methodSignature": RpcMethod(["array", "string"], "The types a method takes."),
-    "system.multicall": RpcMethod(["array", "array"], f"Up to {MAX_MULTICALL} calls at once."),
+RPC_METHODS = {  # the types of the result and of the parameters, and what it is good for
+    "getUser": (["string", "string"], "The user's status, or 'No such user'."),
+    "listUsers": (["struct"], f"Up to {MAX_RPC_USERS} users with their statuses."),
+    "system.listMethods": (["array"], "The names of all methods."),
+    "system.methodHelp": (["string", "string"], "What a method does."),
+    "system.methodSignature": (["array", "string"], "The types a method takes."),
+    "system.multicall": (["array", "array"], f"Up to {MAX_MULTICALL} calls at once."),
 }
-_RPC_TYPES = {"string": str, "array": list}
+
+
+def rpc_method(name: str) -> tuple[list[str], str]:
+    """What RPC_METHODS says of the method; raises a Fault where there is none."""
+    if name not in RPC_METHODS:
+        raise xmlrpc.client.Fault(NO_METHOD, "no such method")
+    return RPC_METHODS[name]
 
 
 class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
-    """The XML-RPC methods; a fault says what the caller did wrong, and nothing about us.
+    """The XML-RPC methods; a Fault says what the caller did wrong, and nothing about us."""
 
-    `report` is called, while the exception is being handled, for a fault that is ours.
-    """
-
-    def __init__(self, store: StatusStore, policy: Policy, report: Callable[[], None]) -> None:
+    def __init__(self, store: StatusStore, policy: Policy) -> None:
         super().__init__(allow_none=False, encoding="utf-8")
-        self._store, self._policy, self._report = store, policy, report
-        self.funcs = {"getUser": self._get_user, "listUsers": self._list_users}
+        self._store, self._policy = store, policy
+        self.funcs: dict[str, Any] = {"getUser": self._get_user, "listUsers": self._list_users}
         self.register_introspection_functions()
         self.register_multicall_functions()
 
-    def _get_user(self, name: Any) -> str:
+    def _get_user(self, name: str) -> str:
         status = self._store.get(clean(name))
         return status.text if status else NO_SUCH_USER
 
@@ -1464,37 +1406,25 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         """The response to a request's body; the stock one would tell our exceptions to anybody."""
         call = parse_rpc_call(data)
         try:
-            return format_rpc_response(call.fault or self._dispatch(call.method, call.params))
+            answer = call if isinstance(call, xmlrpc.client.Fault) else (self._dispatch(*call),)
         except xmlrpc.client.Fault as fault:
-            return format_rpc_response(fault)
+            answer = fault
+        return xmlrpc.client.dumps(answer, methodresponse=True)
 
     def _dispatch(self, method: str, params: Any) -> Any:
         """What the method answers; raises a Fault where it cannot."""
-        if method not in RPC_METHODS:
-            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
-        wanted = [_RPC_TYPES[name] for name in RPC_METHODS[method].signature[1:]]
+        wanted = [{"string": str, "array": list}[name] for name in rpc_method(method)[0][1:]]
         if [type(param) for param in params] != wanted:
             raise xmlrpc.client.Fault(INVALID_PARAMS, "wrong parameters")
-        try:
-            return self.funcs[method](*params)
-        except xmlrpc.client.Fault:
-            raise
-        except Exception:
-            self._report()
-            raise xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR) from None
+        return self.funcs[method](*params)
 
     def system_methodSignature(self, method_name: str) -> Any:
         """A list that holds the method's only signature."""
-        return [self._known(method_name).signature]
+        return [rpc_method(method_name)[0]]
 
     def system_methodHelp(self, method_name: str) -> str:
         """A sentence on the method."""
-        return self._known(method_name).help
-
-    def _known(self, method_name: str) -> RpcMethod:
-        if method_name not in RPC_METHODS:
-            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
-        return RPC_METHODS[method_name]
+        return rpc_method(method_name)[1]
 
     def system_multicall(self, call_list: list[Any]) -> list[Any]:
         """For each call a list that holds its result, or a struct with its fault."""
@@ -2325,42 +2255,39 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     server: WebServer
 
     def setup(self) -> None:
-        """Nothing to prepare."""
+        """Nothing to prepare, nor to flush at the end."""
 
-    def finish(self) -> None:
-        """Nothing to flush."""
+    finish = setup
 
     def handle(self) -> None:
         """Answer request after request, but in place only one at a time."""
-        self.peer: Peer = self.request
-        while self.exchange():
-            if self.peer.data:
-                self.peer.be_patient()  # more requests in one go are more work
-            elif self.peer.in_place:
+        peer: Peer = self.request
+        while self.exchange(peer):
+            if peer.data:
+                peer.be_patient()  # more requests in one go are more work
+            elif peer.in_place:
                 raise NotYet
 
-    def exchange(self) -> bool:
+    def exchange(self, peer: Peer) -> bool:
         """Read a request and answer it; tells whether there may be another one."""
-        peer = self.peer
         head = peer.read(parse_http_head)
         if head is None:
             return False
         if head.problem or head.length or head.path == "/" or head.method not in ("GET", "HEAD"):
             peer.be_patient()  # for what is still to come, or for an answer that is long
-        body = self.read_body(head)
-        peer.allow(math.inf)  # the time is ours until we answer
-        page = self.answer(head, body)
+        body = self.read_body(peer, head)
         peer.data = peer.data[head.size + head.length :]
-        response = web_response(head, page, time.time())
+        peer.allow(math.inf)  # the time is ours until we answer
+        response = web_response(head, self.answer(head, body), time.time())
         status = response[0][9:12].decode()
         log.debug("web: %s: %s %a: %s", peer, head.method, head.path[:MAX_NAME], status)
         peer.send(response, last=not head.keep)
         peer.allow(WEB_SECONDS)
         return head.keep
 
-    def read_body(self, head: HttpHead) -> bytes:
+    def read_body(self, peer: Peer, head: HttpHead) -> bytes:
         """The request's body, asked for if the client waits for that; OSError if it breaks off."""
-        peer, size = self.peer, head.size + head.length
+        size = head.size + head.length
         if len(peer.data) < size and "expect" in head.headers and head.http_1_1:
             peer.send([b"HTTP/1.1 100 Continue\r\n\r\n"], last=False)
             peer.allow(WEB_SECONDS)
@@ -2372,14 +2299,22 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, head: HttpHead, body: bytes) -> Page:
         """The page that answers a request, good or bad."""
-        if head.problem:
-            return error_page(head.problem)
         method = getattr(self, f"do_{head.method}", None)
-        return method(head, body) if method else error_page(501)
+        if head.problem or not method:
+            return error_page(head.problem or 501)
+        try:
+            page: Page = method(head, body)
+        except Exception:
+            log.exception("web: %s", INTERNAL_ERROR)
+            return error_page(500)
+        return page
 
     def do_GET(self, head: HttpHead, _body: bytes) -> Page:
-        """The page that was asked for."""
-        return self.server.page(head)
+        """The page that was asked for; a long list is made by one thread for all."""
+        if head.path != "/":
+            return self.server.answers.page(head)
+        with self.server.making, long_work:
+            return self.server.answers.page(head)
 
     do_HEAD = do_GET  # web_response knows the difference
 
@@ -2389,11 +2324,19 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
             return self.do_OPTIONS(head, body)
         if "content-encoding" in head.headers:
             return error_page(415)
-        return self.server.rpc_page(body)
+        try:
+            with long_work:
+                answer = self.server.rpc._marshaled_dispatch(body)
+        except Exception:
+            log.exception("web: %s", INTERNAL_ERROR)
+            answer = xmlrpc.client.dumps(xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR))
+        return make_page(200, "text/xml", [answer])
 
     def do_OPTIONS(self, head: HttpHead, _body: bytes) -> Page:
         """What else can be done here."""
-        return error_page(405, "GET, HEAD, POST" if head.path in ("/", "/RPC2") else "GET, HEAD")
+        page = error_page(405)
+        page.headers["Allow"] = "GET, HEAD" + (", POST" if head.path in ("/", "/RPC2") else "")
+        return page
 
     do_PUT = do_DELETE = do_PATCH = do_TRACE = do_CONNECT = do_OPTIONS
 
@@ -2406,30 +2349,8 @@ class WebServer(Server):
 
     def __init__(self, listening: socket.socket, store: StatusStore, policy: Policy) -> None:
         super().__init__(listening)
-        self.answers = WebAnswers(store, policy)
-        self.rpc = RpcAnswers(store, policy, self.report)
-        self.making = threading.Lock()
-
-    def report(self) -> None:
-        """Log the exception that is being handled."""
-        log.exception("web: %s", INTERNAL_ERROR)
-
-    def page(self, head: HttpHead) -> Page:
-        """The page for a GET; a long list is made by one thread, for which the others wait."""
-        try:
-            if head.path != "/":
-                return self.answers.page(head)
-            with self.making, long_work:
-                return self.answers.page(head)
-        except Exception:
-            self.report()
-            return error_page(500)
-
-    def rpc_page(self, body: bytes) -> Page:
-        """The response to an XML-RPC request."""
-        with long_work:
-            response = self.rpc._marshaled_dispatch(body)
-        return Page(200, "text/xml; charset=utf-8", [response], etag="")
+        self.answers, self.rpc = WebAnswers(store, policy), RpcAnswers(store, policy)
+        self.making = threading.Lock()  # a long list
 
 
 # ---- the users file ----------------------------------------------------------------------------
@@ -2437,6 +2358,10 @@ class WebServer(Server):
 
 class UsersError(Exception):
     """The users file cannot be read; the text says why, in one line."""
+
+
+class Unsettled(Exception):
+    """Somebody seems to be at work on the users file."""
 
 
 def blocking_path(path: pathlib.Path) -> str:
@@ -2452,39 +2377,34 @@ def blocking_path(path: pathlib.Path) -> str:
     return f"{path}: cannot be read"
 
 
-def bounded_blocks(
-    read: Callable[[int], bytes], expected: int = 0, deadline: float = math.inf
-) -> Iterator[bytes]:
-    """What `read` gives until its end.
+def read_users(
+    read: Callable[[int], bytes],
+    known: Mapping[str, str],
+    expected: int = 0,
+    deadline: float = math.inf,
+) -> UsersFile:
+    """The users file that `read` gives, block by block.
 
-    Raises UsersError where that is more than MAX_FILE or less than `expected` bytes, or too late.
+    Raises UsersError where it is too large, ends before `expected` bytes, or comes too late.
     """
     size = 0
-    for block in iter(functools.partial(read, BLOCK_BYTES), b""):
-        size += len(block)
-        if size > MAX_FILE:
-            raise UsersError(f"larger than {MAX_FILE} bytes")
-        if time.monotonic() > deadline:
-            raise UsersError("takes too long")
-        yield block
-    if size < expected:
-        raise UsersError(f"broke off after {size} bytes")
 
+    def blocks() -> Iterator[bytes]:
+        nonlocal size
+        for block in iter(lambda: read(BLOCK_BYTES), b""):
+            size += len(block)
+            if size > MAX_FILE:
+                raise UsersError(f"larger than {MAX_FILE} bytes")
+            if time.monotonic() > deadline:
+                raise UsersError("takes too long")
+            yield block
+        if size < expected:
+            raise UsersError(f"broke off after {size} bytes")
 
-def read_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
-    """What the users file in `blocks` says; raises UsersError where it names too many users."""
-    users = parse_users(blocks, known)
+    users = parse_users(blocks(), known)
     if len(users.texts) > MAX_USERS:
         raise UsersError(f"more than {MAX_USERS} users")
     return users
-
-
-class Reading(NamedTuple):
-    """One look at the users file."""
-
-    users: UsersFile
-    modified: float
-    steady: bool  # nobody was at work on it
 
 
 class FileSource:
@@ -2492,47 +2412,45 @@ class FileSource:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self._seen: tuple[int, ...] = ()
+        self._seen: tuple[int, ...] = ()  # the signature of what was read last
 
     def __str__(self) -> str:
         return str(self._path)
 
     @staticmethod
     def _signature(status: os.stat_result) -> tuple[int, ...]:
+        """What tells the file from another one; () while an editor may be at work on it."""
+        if 0 <= time.time() - status.st_mtime < SETTLE_SECONDS:
+            return ()
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    def changed(self) -> bool:
-        """Whether the file is not the one that was read last; also where it is not there."""
-        try:
-            return self._signature(self._path.stat()) != self._seen
-        except OSError:
-            return True
+    def read(self, known: Mapping[str, str], always: bool = True) -> UsersFile | None:
+        """What the file says now; raises UsersError.
 
-    def settled(self) -> bool:
-        """Whether the file is at least a second old; an editor may be at work on a younger one."""
+        Unless `always`: None if that was read already, Unsettled while somebody is at work on it.
+        """
         try:
-            return not 0 <= time.time() - self._path.stat().st_mtime < SETTLE_SECONDS
-        except OSError:
-            return True
-
-    def read(self, known: Mapping[str, str]) -> Reading:
-        """What the file says now; raises UsersError."""
-        try:
-            if not stat.S_ISREG(self._path.stat().st_mode):  # opening a device may do anything
+            found = self._path.stat()
+            if not stat.S_ISREG(found.st_mode):  # opening a device may do anything
                 raise UsersError("not a regular file")
+            before = self._signature(found)
+            if before and before == self._seen and not always:
+                return None
+            if not (before or always):
+                raise Unsettled
+            if found.st_size > MAX_FILE:
+                raise UsersError(f"larger than {MAX_FILE} bytes")
             with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                before = os.fstat(file.fileno())
-                if before.st_size > MAX_FILE:
-                    raise UsersError(f"larger than {MAX_FILE} bytes")
-                users = read_users(bounded_blocks(file.read), known)
+                users = read_users(file.read, known)
                 after = self._signature(os.fstat(file.fileno()))
         except OSError:
             raise UsersError(blocking_path(self._path)) from None
         except UsersError as problem:
             raise UsersError(f"{self._path}: {problem}") from None
-        steady = self.settled() and after == self._signature(before)
-        self._seen = after if steady else ()
-        return Reading(users, max(0.0, min(before.st_mtime, time.time())), steady)
+        if after != before and not always:
+            raise Unsettled
+        self._seen = after if after == before else ()
+        return users._replace(modified=max(0.0, min(found.st_mtime, time.time())))
 
 
 class UrlSource:
@@ -2545,58 +2463,48 @@ class UrlSource:
         import urllib.request  # slow to import; before privileges are dropped
 
         self._url, self._copy = url, copy
-        self._open = urllib.request.urlopen
-        self._request = urllib.request.Request(
-            url, headers={"User-Agent": f"fingerd/{__version__}"}
-        )
+        self._library = urllib.request
+        self._conditions: dict[str, str] = {}  # headers that ask whether anything is new
         self._read_before = False
 
     def __str__(self) -> str:
         return self._url
 
-    def changed(self) -> bool:
-        """Only the other server knows."""
-        return True
-
-    def settled(self) -> bool:
-        """A web server is never at work on what it serves."""
-        return True
-
-    def read(self, known: Mapping[str, str]) -> Reading | None:
+    def read(self, known: Mapping[str, str], _always: bool = True) -> UsersFile | None:
         """What the file says now, None if it did not change; raises UsersError.
 
         The first time, the copy does where the other server cannot be had.
         """
         try:
-            reading = self._fetch(known)
+            users = self._fetch(known)
         except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
             words = f"{self._url}: {clean(str(problem))[:MAX_STATUS]}"
             if self._read_before or not self._copy or not self._copy.exists():
                 raise UsersError(words) from None
             log.warning("%s; beginning with the copy in %s", words, self._copy)
-            reading = FileSource(self._copy).read(known)
+            users = FileSource(self._copy).read(known)
         self._read_before = True
-        return reading
+        return users
 
-    def _fetch(self, known: Mapping[str, str]) -> Reading | None:
+    def _fetch(self, known: Mapping[str, str]) -> UsersFile | None:
         deadline = time.monotonic() + FETCH_SECONDS
+        headers = {"User-Agent": f"fingerd/{__version__}", **self._conditions}
+        request = self._library.Request(self._url, headers=headers)
         try:
-            with self._open(self._request, timeout=FETCH_SECONDS) as response:
-                headers = response.headers
-                expected = int(headers.get("Content-Length", 0))
-                users = read_users(bounded_blocks(response.read1, expected, deadline), known)
+            with self._library.urlopen(request, timeout=FETCH_SECONDS) as response:
+                told = response.headers
+                expected = int(told.get("Content-Length", 0))
+                users = read_users(response.read1, known, expected, deadline)
         except OSError as problem:
             if getattr(problem, "code", 0) == http.HTTPStatus.NOT_MODIFIED:
                 return None
             raise
-        for asked, told in (("If-None-Match", "ETag"), ("If-Modified-Since", "Last-Modified")):
-            self._request.remove_header(asked.capitalize())
-            if told in headers:
-                self._request.add_header(asked, headers[told])
-        date = headers.get("Last-Modified")
-        modified = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
-        self._keep(users.texts, modified)
-        return Reading(users, modified, steady=True)
+        validators = {"If-None-Match": told["ETag"], "If-Modified-Since": told["Last-Modified"]}
+        self._conditions = {name: value for name, value in validators.items() if value}
+        date = told["Last-Modified"]
+        when = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
+        self._keep(users.texts, when)
+        return users._replace(modified=when)
 
     def _keep(self, texts: Mapping[str, str], modified: float) -> None:
         """Replace the copy by `texts`; where that fails, there is none or an older one."""
@@ -2627,7 +2535,7 @@ class Reloader(threading.Timer):
         self._source, self._store = source, store
         self._reading = threading.Lock()
         self._complaint = ""
-        self._problems: list[tuple[int, str]] = []
+        self._problems: list[str] = []
 
     def run(self) -> None:
         """Look at the file at every tick until cancelled."""
@@ -2636,72 +2544,53 @@ class Reloader(threading.Timer):
             due = max(due, time.monotonic() - self.interval) + self.interval
             self.look()
 
-    def look(self, attempts: int = 10) -> None:
+    def look(self, patience: float = LONGEST_SETTLING) -> None:
         """Read the file if it changed, but put that off while somebody is at work on it."""
-        for attempt in range(attempts):
-            if attempt:
-                self.finished.wait(SETTLE_SECONDS)
-            try:
-                if self._take_if_changed():
-                    return
-            except Exception as problem:
-                self._complain(problem)
+        until = time.monotonic() + patience
+        while not self._attempt(always=False) and time.monotonic() < until:
+            if self.finished.wait(SETTLE_SECONDS):
                 return
 
     def refresh(self) -> None:
         """Look at the file before a message is set over it."""
-        self.look(attempts=2)
+        self.look(patience=SETTLE_SECONDS)
 
     def reload(self) -> None:
         """Read the file in any case."""
+        self._attempt(always=True)
+
+    def _attempt(self, always: bool) -> bool:
+        """Read the file if that is due; False while somebody is at work on it."""
+        complaint = ""
         try:
-            self.load()
+            self.load(always)
+        except Unsettled:
+            return False
         except Exception as problem:
-            self._complain(problem)
-
-    def load(self) -> None:
-        """Read the file in any case; raises UsersError."""
-        with self._reading, long_work:
-            self._take(self._source.read(self._store.snapshot().file))
-
-    def _take_if_changed(self) -> bool:
-        """Let the store have a file that changed; False if it is changing still."""
-        if self._source.changed():
-            if not self._source.settled():
-                return False
-            with self._reading, long_work:
-                if self._source.changed():
-                    reading = self._source.read(self._store.snapshot().file)
-                    if reading and not reading.steady:
-                        return False
-                    self._take(reading)
-        self._complain(None)
-        return True
-
-    def _take(self, reading: Reading | None) -> None:
-        """Let the store have what was read, and log what was wrong with it, once per content."""
-        if not reading:
-            return
-        users = reading.users
-        first = not self._store.snapshot().version
-        when = reading.modified if first else time.time()
-        if self._store.replace_file(users.texts, when) or users.problems != self._problems:
-            self._problems = users.problems
-            for number, problem in users.problems:
-                log.warning("%s:%d: %s", self._source, number, problem)
-            if users.bad_lines > len(users.problems):
-                more = users.bad_lines - len(users.problems)
-                log.warning("%s: ... and %d more bad lines", self._source, more)
-            log.info("%s: %d users", self._source, len(users.texts))
-
-    def _complain(self, problem: Exception | None) -> None:
-        """Log that the file cannot be read, or can be again, but each only once."""
-        complaint = str(problem) if problem else ""
+            complaint = str(problem)
         if complaint and complaint != self._complaint:
             log.error("%s; what %s said last stays in force", complaint, self._source)
         elif self._complaint and not complaint:
             log.warning("%s can be read again", self._source)
         self._complaint = complaint
+        return True
+
+    def load(self, always: bool = True) -> None:
+        """Let the store have what the file says; raises UsersError, or what FileSource.read does.
+
+        What is wrong with the file is logged once per content.
+        """
+        with self._reading, long_work:
+            now = self._store.snapshot()
+            users = self._source.read(now.file, always)
+            if not users:
+                return
+            when = time.time() if now.version else users.modified
+            if self._store.replace_file(users.texts, when) or users.problems != self._problems:
+                self._problems = users.problems
+                for problem in users.problems:
+                    log.warning("%s:%s", self._source, problem)
+                log.info("%s: %d users", self._source, len(users.texts))
 
 
 # ---- IRC -------------------------------------------------------------------------------------
@@ -2709,6 +2598,7 @@ class Reloader(threading.Timer):
 
 def irc_tls(fingerprint: str) -> ssl.SSLContext:
     """Trust in the system's authorities; or anyone, where a fingerprint is checked afterwards."""
+    import hashlib  # noqa: F401  # for the dialer, which privileges are dropped before
     import ssl  # here, because it costs start time and most servers run without the bot
 
     context = ssl.create_default_context()
@@ -2763,6 +2653,8 @@ class IrcDialer(threading.Thread):
 
     def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
         """TLS over `plain`; raises IrcFailure without it, or without a certificate to trust."""
+        import hashlib
+
         plain.settimeout(IRC_TLS_SECONDS)
         try:
             with plain:  # empty by then, or of no more use
@@ -3220,13 +3112,11 @@ def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> File
 
 def check(source: FileSource | UrlSource) -> int:
     """Print what is wrong with the users file; the exit status."""
-    reading = source.read({})
-    users = reading.users if reading else UsersFile({}, [], 0)
-    for number, problem in users.problems:
-        print(f"{source}:{number}: {problem}")
-    if users.bad_lines > len(users.problems):
-        print(f"{source}: ... and {users.bad_lines - len(users.problems)} more bad lines")
-    return 1 if users.bad_lines else 0
+    users = source.read({})
+    problems = users.problems if users else []
+    for problem in problems:
+        print(f"{source}:{problem}")
+    return 1 if problems else 0
 
 
 def bind(options: argparse.Namespace) -> dict[str, socket.socket]:

@@ -8,9 +8,11 @@ skips the tests with real clients.
 from __future__ import annotations
 
 import ast
+import base64
 import concurrent.futures
 import contextlib
 import fcntl
+import hashlib
 import html.parser
 import http
 import http.client
@@ -384,21 +386,22 @@ class Codecs(unittest.TestCase):
         for data, texts in tables:
             with self.subTest(data[:40]):
                 lines = data.splitlines(True)
-                self.assertEqual(fingerd.parse_users(lines, {}), (texts, [], 0))
+                self.assertEqual(fingerd.parse_users(lines, {})[:2], (texts, []))
         for line in bad:
             with self.subTest(line[:40]):
                 users = fingerd.parse_users([b"b: 1\n", line + b"\n", b"c: 2\n"], {})
-                self.assertEqual((users.texts, users.bad_lines), ({"b": "1", "c": "2"}, 1))
-                self.assertEqual([number for number, reason in users.problems if reason], [2])
+                self.assertEqual((users.texts, len(users.problems)), ({"b": "1", "c": "2"}, 1))
+                self.assertRegex(users.problems[0], r"\A2: \w+")
         users = fingerd.parse_users([b"x\n"] * 1000, {})
-        self.assertEqual((len(users.problems), users.bad_lines), (fingerd.MAX_PROBLEMS, 1000))
+        self.assertEqual(len(users.problems), fingerd.MAX_PROBLEMS + 1)
+        self.assertEqual(users.problems[-1], " ... and 900 more bad lines")
 
     def test_a_formatted_line_is_parsed_back(self) -> None:
         for name, text in itertools.product(
             ("a", "zo\u00e9 b", "a#/"), ("x", "", ": y: #", FAMILY)
         ):
             line = fingerd.format_users_line(name, text)
-            self.assertEqual(fingerd.parse_users([line.encode()], {}), ({name: text}, [], 0))
+            self.assertEqual(fingerd.parse_users([line.encode()], {})[:2], ({name: text}, []))
             self.assertTrue(line.endswith("\n"))
 
     FINGER: ClassVar = [
@@ -632,13 +635,10 @@ class Codecs(unittest.TestCase):
         for body, wanted in rows:
             with self.subTest(body[:80]):
                 got = fingerd.parse_rpc_call(body)
-                if isinstance(wanted, tuple):
-                    self.assertEqual(got, (*wanted, None))
-                else:
-                    self.assertEqual(got[:2], ("", ()))
-                    self.assertEqual(got.fault.faultCode, wanted)
+                self.assertEqual(got if isinstance(got, tuple) else got.faultCode, wanted)
         for value in (nested, f"<int>{'9' * 60_000}</int>"):  # one or the other, and soon
-            self.assertIsInstance(fingerd.parse_rpc_call((call % param % value).encode()), tuple)
+            got = fingerd.parse_rpc_call((call % param % value).encode())
+            self.assertIsInstance(got, (tuple, xmlrpc.client.Fault))
 
     def test_no_input_makes_a_codec_raise(self) -> None:
         chance = random.Random(1)
@@ -1475,6 +1475,24 @@ class Web(Served):
                               f'If-None-Match: "x"\r\nIf-Modified-Since: {modified}'):  # fmt: skip
                 self.assertEqual(self.get(target, condition).body, dated.body, condition)
 
+    def test_the_style_is_the_one_that_the_policy_allows(self) -> None:
+        style = re.findall("<style>(.*?)</style>", self.get().body.decode(), re.DOTALL)[0]
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+        self.assertIn(f"'sha256-{digest}'", self.get().headers["content-security-policy"])
+
+    def test_two_processes_agree_on_etags_and_ids(self) -> None:
+        other = Service(MANY, *self.options)
+        self.addCleanup(other.close)
+        pages = []
+        for service in (self.service, other):
+            os.utime(service.users, (1_000_000_000, 1_000_000_000))
+            service.stop()
+            service.start()
+            (page,) = responses(ask(service.port("web"), request("/?format=text")))
+            (feed,) = responses(ask(service.port("web"), request("/?format=atom")))
+            pages.append((page.headers["etag"], re.findall("<id>(.*?)</id>", feed.body.decode())))
+        self.assertEqual(*pages)
+
     def test_each_format_has_its_own_etag(self) -> None:
         for path in ("/", "/moshez"):
             pages = [self.get(f"{path}?format={name}") for name in fingerd.FORMATS]
@@ -1492,7 +1510,7 @@ class Web(Served):
         users = fingerd.parse_users(self.get("/?format=text").body.splitlines(True), {})
         wanted = fingerd.parse_users(MANY.encode().splitlines(True), {}).texts
         del wanted["mute"]
-        self.assertEqual((users.texts, users.bad_lines), (wanted, 0))
+        self.assertEqual((users.texts, users.problems), (wanted, []))
         self.assertEqual(list(users.texts), sorted(wanted))
 
     def test_json(self) -> None:
@@ -3649,7 +3667,7 @@ class FuzzTest(FaultCase):
         self.assertTrue(problem or not fingerd.name_problem(user) + fingerd.status_problem(text))
         head = fingerd.parse_http_head(data, True)
         if head and head.problem:
-            fingerd.format_http_head(http.HTTPStatus(head.problem), [])
+            fingerd.format_http_head(http.HTTPStatus(head.problem), {})
         elif head:
             self.assertLessEqual(head.length, fingerd.MAX_BODY)
             is_clean(fingerd.path_user(head.path))
@@ -3657,7 +3675,8 @@ class FuzzTest(FaultCase):
         for query, accept in (("", latin), (latin, ""), ("format=" + latin, latin)):
             self.assertIn(fingerd.choose_format(query, accept), ["", *fingerd.FORMATS])
         rpc = fingerd.parse_rpc_call(data)
-        self.assertTrue(rpc.fault or (type(rpc.method), type(rpc.params)) == (str, tuple))
+        fault = isinstance(rpc, xmlrpc.client.Fault)
+        self.assertTrue(fault or (type(rpc[0]), type(rpc[1])) == (str, tuple))
         for parse in (fingerd.parse_finger, fingerd.parse_setting, fingerd.parse_http_head):
             early = parse(data[: len(data) // 2], False)
             if early is not None and not (parse is fingerd.parse_finger and b"\xff" in data):
@@ -4020,7 +4039,7 @@ class Replicas(ServiceCase):
             port = listener.getsockname()[1]
             source = fingerd.UrlSource(f"http://127.0.0.1:{port}/", None)
             reading = source.read({})
-            self.assertEqual(reading and reading.users.texts, {"moshez": "Happy"})
+            self.assertEqual(reading and reading.texts, {"moshez": "Happy"})
             with self.assertRaisesRegex(fingerd.UsersError, "broke off"):
                 source.read({})
             thread.join()
