@@ -541,7 +541,7 @@ _PAGE = """<!DOCTYPE html>
 </main>
 </body>
 </html>"""
-_FEED = """<?xml version="1.0" encoding="utf-8"?>
+ATOM_FEED = """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom">
 <id>{id}</id>
 <title>{title}</title>
@@ -551,7 +551,7 @@ _FEED = """<?xml version="1.0" encoding="utf-8"?>
 <link rel="self" href="{url}?format=atom"/>
 {entries}</feed>
 """
-_ENTRY = """<entry>
+ATOM_ENTRY = """<entry>
 <id>{id}</id>
 <title>{user}: {text}</title>
 <updated>{updated}</updated>
@@ -586,32 +586,6 @@ def json_status(user: str, text: str, since: float) -> str:
 def user_url(base: str, user: str) -> str:
     """The user's URL below `base`; everybody's where `user` is ""."""
     return base + urllib.parse.quote(user, safe="")
-
-
-def atom_feed(
-    root: str, base: str, user: str, updated: float, statuses: Iterable[tuple[str, Status]]
-) -> str:
-    """The Atom feed (RFC 4287) of `user`, of everybody for ""; links begin with `base`.
-
-    The ids, which begin with `root`, stay the same as long as the texts do, after a restart too.
-    """
-    entries = [
-        _ENTRY.format(
-            id=f"{user_url(root, name)}#{digest([text.encode()])}",
-            user=html.escape(name),
-            text=html.escape(text),
-            updated=iso_time(since),
-            url=user_url(base, name),
-        )
-        for name, (text, since) in statuses
-    ]
-    return _FEED.format(
-        id=user_url(root, user),
-        title=html.escape(user or "fingerd"),
-        updated=iso_time(updated),
-        url=user_url(base, user),
-        entries="".join(entries),
-    )
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -1241,15 +1215,6 @@ def list_html(now: Snapshot, base: str, policy: Policy) -> str:
     return html_page("fingerd", usage + users + more + footer, base)
 
 
-def json_list(now: Snapshot) -> Iterator[str]:
-    """The JSON array of everybody, in parts."""
-    objects = (json_status(user, *status) for user, status in now.users())
-    yield "[" + next(objects, "")
-    for each in objects:
-        yield ",\n" + each
-    yield "]\n"
-
-
 def newest(now: Snapshot) -> list[tuple[str, Status]]:
     """The MAX_FEED newest statuses, the newest first."""
     return heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
@@ -1315,27 +1280,46 @@ class WebAnswers:
 
     def _everybody(self, now: Snapshot, name: str, base: str) -> Page:
         """The list of all users in the format `name`."""
-        if name == "html":
-            text = list_html(now, base, self._policy)
-            return make_page(200, FORMATS[name], [text], now.changed)
-        if self._policy.private:
+        if self._policy.private and name != "html":
             return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
         if name == "atom":
             return self._feed(now, base, "", self._once(now, "newest", lambda: newest(now)))
-        if name == "text":
+        if name == "html":
+            texts: Iterable[str] = [list_html(now, base, self._policy)]
+        elif name == "text":
             texts = (format_users_line(user, status.text) for user, status in now.users())
-            return make_page(200, FORMATS[name], texts, now.changed)
-        objects = (json_status(user, *status) for user, status in now.users())
-        others = (",\n" + each for each in objects)
-        parts = itertools.chain(["[", next(objects, "")], others, ["]\n"])
-        return make_page(200, FORMATS[name], parts, now.changed)
+        else:
+            objects = (json_status(user, *status) for user, status in now.users())
+            others = (",\n" + each for each in objects)
+            texts = itertools.chain(["[", next(objects, "")], others, ["]\n"])
+        return make_page(200, FORMATS[name], texts, now.changed)
 
     def _feed(
         self, now: Snapshot, base: str, user: str, statuses: list[tuple[str, Status]]
     ) -> Page:
+        """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest stands first.
+
+        An entry's id stays the same as long as its text does, after a restart too.
+        """
         root = html.escape(self._policy.public_url or f"finger://{self._policy.finger_host}/")
         updated = statuses[0][1].since if statuses else now.changed
-        feed = atom_feed(root, base, user, updated, statuses)
+        entries = [
+            ATOM_ENTRY.format(
+                id=f"{user_url(root, name)}#{digest([text.encode()])}",
+                user=html.escape(name),
+                text=html.escape(text),
+                updated=iso_time(since),
+                url=user_url(base, name),
+            )
+            for name, (text, since) in statuses
+        ]
+        feed = ATOM_FEED.format(
+            id=user_url(root, user),
+            title=html.escape(user or "fingerd"),
+            updated=iso_time(updated),
+            url=user_url(base, user),
+            entries="".join(entries),
+        )
         return make_page(200, FORMATS["atom"], [feed], updated)
 
 
@@ -2460,12 +2444,9 @@ class UrlSource:
     """
 
     def __init__(self, url: str, copy: pathlib.Path | None) -> None:
-        import urllib.request  # slow to import; before privileges are dropped
-
         self._url, self._copy = url, copy
-        self._library = urllib.request
         self._conditions: dict[str, str] = {}  # headers that ask whether anything is new
-        self._read_before = False
+        importlib.import_module("urllib.request")  # slow; before privileges are dropped
 
     def __str__(self) -> str:
         return self._url
@@ -2476,22 +2457,22 @@ class UrlSource:
         The first time, the copy does where the other server cannot be had.
         """
         try:
-            users = self._fetch(known)
+            return self._fetch(known)
         except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
             words = f"{self._url}: {clean(str(problem))[:MAX_STATUS]}"
-            if self._read_before or not self._copy or not self._copy.exists():
+            if known or not self._copy or not self._copy.exists():
                 raise UsersError(words) from None
             log.warning("%s; beginning with the copy in %s", words, self._copy)
-            users = FileSource(self._copy).read(known)
-        self._read_before = True
-        return users
+            return FileSource(self._copy).read(known)
 
     def _fetch(self, known: Mapping[str, str]) -> UsersFile | None:
+        import urllib.request
+
         deadline = time.monotonic() + FETCH_SECONDS
         headers = {"User-Agent": f"fingerd/{__version__}", **self._conditions}
-        request = self._library.Request(self._url, headers=headers)
+        request = urllib.request.Request(self._url, headers=headers)
         try:
-            with self._library.urlopen(request, timeout=FETCH_SECONDS) as response:
+            with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as response:
                 told = response.headers
                 expected = int(told.get("Content-Length", 0))
                 users = read_users(response.read1, known, expected, deadline)
@@ -2499,11 +2480,13 @@ class UrlSource:
             if getattr(problem, "code", 0) == http.HTTPStatus.NOT_MODIFIED:
                 return None
             raise
+        try:
+            when = email.utils.parsedate_to_datetime(told["Last-Modified"]).timestamp()
+        except (TypeError, ValueError, OverflowError):  # there is none, or it is none
+            when = time.time()
+        self._keep(users.texts, when)
         validators = {"If-None-Match": told["ETag"], "If-Modified-Since": told["Last-Modified"]}
         self._conditions = {name: value for name, value in validators.items() if value}
-        date = told["Last-Modified"]
-        when = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
-        self._keep(users.texts, when)
         return users._replace(modified=when)
 
     def _keep(self, texts: Mapping[str, str], modified: float) -> None:
