@@ -399,9 +399,9 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     """The status that refuses a request with these headers, or 0."""
     if "transfer-encoding" in headers:
         return 501
-    # A repeated one has a comma in it; a missing Host is as good as a blank on 1.1, and as none.
-    host = headers.get("host", " " if http_1_1 else "")
+    host = headers.get("host", "missing!" if http_1_1 else "")
     length = headers.get("content-length", "0")
+    # One that was repeated has a comma in it.
     if not (re.fullmatch(r"[0-9A-Za-z._:\[\]%-]*", host) and re.fullmatch("[0-9]+", length)):
         return 400
     if len(length) > 9 or int(length) > MAX_BODY:
@@ -472,7 +472,7 @@ def weigh(accept: str, media_type: str) -> float:
         media_range, *parameters = [word.strip() for word in part.split(";")]
         weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
         if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight):
-            weights[media_range] = float(weight)
+            weights[media_range] = max(float(weight), weights.get(media_range, 0.0))
     ranges = [media_type, media_type.split("/")[0] + "/*", "*/*"]
     return next((weights[name] for name in ranges if name in weights), 0.0)
 
@@ -525,7 +525,7 @@ CONTENT_SECURITY_POLICY = (
     f"default-src 'none'; style-src 'sha256-{STYLE_SHA256}'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_PAGE = """<!DOCTYPE html>
+HTML_PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -565,7 +565,9 @@ ATOM_ENTRY = """<entry>
 def html_page(title: str, main: str, url: str = "") -> str:
     """A whole page around `main`; both that and `url`, where there is a feed, are HTML already."""
     feed = f'<link rel="alternate" type="application/atom+xml" href="{url}?format=atom">\n'
-    return _PAGE.format(title=html.escape(title), main=main, feed=feed if url else "", style=STYLE)
+    return HTML_PAGE.format(
+        title=html.escape(title), main=main, feed=feed if url else "", style=STYLE
+    )
 
 
 def html_time(when: float) -> str:
@@ -1225,7 +1227,8 @@ class WebAnswers:
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
-        self._made: tuple[int, dict[object, Any]] = (0, {})
+        self._base = html.escape(policy.public_url or "/")  # everybody's page
+        self._made: tuple[int, dict[object, Any]] = (0, {})  # by the store's version
 
     def _once(self, now: Snapshot, key: object, make: Callable[[], T]) -> T:
         """What `make` makes, remembered under `key` until the store changes."""
@@ -1246,14 +1249,14 @@ class WebAnswers:
         name = choose_format(head.query, head.headers.get("accept", ""))
         if not name:
             return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
-        now, url = self._store.snapshot(), self._policy.public_url
-        if name == "atom" and not url:  # its links have to be absolute, by the Host that was asked
-            url = f"http://{head.headers.get('host') or self._policy.finger_host}/"
-            page = self._make(now, name, head.path, html.escape(url))
-            page.headers["Cache-Control"] = "private, no-cache"
-            return page
-        base = html.escape(url or "/")
-        return self._once(now, (name, head.path), lambda: self._make(now, name, head.path, base))
+        now, base = self._store.snapshot(), self._base
+        if name != "atom" or self._policy.public_url:
+            key = name, head.path
+            return self._once(now, key, lambda: self._make(now, name, head.path, base))
+        host = head.headers.get("host") or self._policy.finger_host
+        page = self._make(now, name, head.path, f"http://{html.escape(host)}/")
+        page.headers["Cache-Control"] = "private, no-cache"  # for its links, which are absolute
+        return page
 
     def _make(self, now: Snapshot, name: str, path: str, base: str) -> Page:
         """The page in the format `name` for a path."""
@@ -2418,10 +2421,10 @@ class FileSource:
             if not stat.S_ISREG(found.st_mode):  # opening a device may do anything
                 raise UsersError("not a regular file")
             before = self._signature(found)
-            if before and before == self._seen and not always:
-                return None
-            if not (before or always):
+            if not always and not before:
                 raise Unsettled
+            if not always and before == self._seen:
+                return None
             if found.st_size > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
             with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -2550,7 +2553,7 @@ class Reloader(threading.Timer):
         except Unsettled:
             return False
         except Exception as problem:
-            complaint = str(problem)
+            complaint = str(problem) or repr(problem)
         if complaint and complaint != self._complaint:
             log.error("%s; what %s said last stays in force", complaint, self._source)
         elif self._complaint and not complaint:
@@ -2559,7 +2562,7 @@ class Reloader(threading.Timer):
         return True
 
     def load(self, always: bool = True) -> None:
-        """Let the store have what the file says; raises UsersError, or what FileSource.read does.
+        """Let the store have what the file says; raises UsersError or Unsettled.
 
         What is wrong with the file is logged once per content.
         """

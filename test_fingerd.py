@@ -587,7 +587,8 @@ class Codecs(unittest.TestCase):
             fingerd.weigh,
             [
                 (("text/html;q=0.3", "text/html"), 0.3), (("text/*;q=0.3, */*", "text/html"), 0.3),
-                (("*/*;q=0.1", "text/html"), 0.1), (("image/*", "text/html"), 0.0)
+                (("*/*;q=0.1", "text/html"), 0.1), (("image/*", "text/html"), 0.0),
+                (("text/html, text/html;level=2;q=0.4", "text/html"), 1.0)
             ]
         )  # fmt: skip
         self.assertLessEqual(fingerd.weigh("text/html;q=1.9", "text/html"), 1)
@@ -959,6 +960,9 @@ class Reloading(unittest.TestCase):
     def test_the_thread_survives_anything(self) -> None:
         self.start(self.path, 0.01)
         self.put("moshez: new\n")
+        with mock.patch.object(self.source, "read", side_effect=MemoryError):
+            self.reloader.look()
+        self.assertEqual(self.count("MemoryError"), 1)
         with mock.patch.object(self.source, "read", side_effect=RuntimeError("gremlins")):
             self.reloader.start()
             until(lambda: self.count("gremlins"))
