@@ -581,7 +581,6 @@ def html_error(title: str, words: str) -> str:
 
 
 def json_status(user: str, text: str, since: float) -> str:
-    """One user's status as a JSON object."""
     return json.dumps({"user": user, "status": text, "since": iso_time(since)}, ensure_ascii=False)
 
 
@@ -1218,7 +1217,6 @@ def list_html(now: Snapshot, base: str, policy: Policy) -> str:
 
 
 def newest(now: Snapshot) -> list[tuple[str, Status]]:
-    """The MAX_FEED newest statuses, the newest first."""
     return heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
 
 
@@ -1406,11 +1404,9 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         return self.funcs[method](*params)
 
     def system_methodSignature(self, method_name: str) -> Any:
-        """A list that holds the method's only signature."""
         return [rpc_method(method_name)[0]]
 
     def system_methodHelp(self, method_name: str) -> str:
-        """A sentence on the method."""
         return rpc_method(method_name)[1]
 
     def system_multicall(self, call_list: list[Any]) -> list[Any]:
