@@ -133,7 +133,6 @@ DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a peer still sends after
 RECEIVE_BYTES = 4_096  # taken at once from a socket; a parser may remember as much of a stranger's
 BLOCK_BYTES = 65_536  # taken at once from a file, and sent at once
 SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
-LONGEST_SETTLING = 10.0  # for which the timer waits for that
 SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
 ACCEPT_SECONDS = 0.25  # for which accept waits by itself,
 TURN_SECONDS = 0.01  # and of accepting, before the server looks at those who rest
@@ -2524,25 +2523,21 @@ class Reloader(threading.Timer):
         due = time.monotonic() + self.interval
         while not self.finished.wait(max(0.0, due - time.monotonic())):
             due = max(due, time.monotonic() - self.interval) + self.interval
-            self.look()
-
-    def look(self, patience: float = LONGEST_SETTLING) -> None:
-        """Read the file if it changed, but put that off while somebody is at work on it."""
-        until = time.monotonic() + patience
-        while not self._attempt(always=False) and time.monotonic() < until:
-            if self.finished.wait(SETTLE_SECONDS):
-                return
+            while not self.look() and not self.finished.wait(SETTLE_SECONDS):
+                pass
 
     def refresh(self) -> None:
-        """Look at the file before a message is set over it."""
-        self.look(patience=SETTLE_SECONDS)
+        """Look at the file before a message is set over it, and wait a moment if it has to."""
+        if not self.look():
+            self.finished.wait(SETTLE_SECONDS)
+            self.look()
 
     def reload(self) -> None:
         """Read the file in any case."""
-        self._attempt(always=True)
+        self.look(always=True)
 
-    def _attempt(self, always: bool) -> bool:
-        """Read the file if that is due; False while somebody is at work on it."""
+    def look(self, always: bool = False) -> bool:
+        """Read the file if it changed, or `always`; False while somebody is at work on it."""
         complaint = ""
         try:
             self.load(always)

@@ -907,7 +907,6 @@ class Reloading(unittest.TestCase):
             self.assertEqual(parse.call_count, 1)
 
     def test_a_young_file_is_put_off_unless_asked(self) -> None:
-        self.reloader.cancel()  # so that it does not wait for the file
         with mock.patch("fingerd.SETTLE_SECONDS", 3600.0):
             self.put("moshez: half", age=0.0)
             self.tick()
