@@ -356,7 +356,7 @@ class Codecs(unittest.TestCase):
                 ("a\u2028b\u2029c\u202ed\u2066e\u2069f", "abcdef"),
                 ("a\ud800b\udfffc\ufffed\uffffe\ufdd0f", "abcdef"),
                 (FAMILY + " \u0646\u200c\u0647", FAMILY + " \u0646\u200c\u0647"),
-                ("\u00a0zo\u00e9\u3000", "zo\u00e9")
+                ("\u00a0zo\u00e9\u3000", "zo\u00e9"), ("\ufeffa\ufeff", "a")
             ]
         )  # fmt: skip
         self.table(fingerd.decode, [(b"zo\xc3\xa9", "zo\u00e9"), (b"zo\xe9", "zo\ufffd")])
@@ -372,6 +372,7 @@ class Codecs(unittest.TestCase):
         bad += [b"a: " + b"x" * 1001, b"a: " + b" " * 8192, b".: x"]
         tables: list[tuple[bytes, dict[str, str]]] = [  # begins with a byte of the BOM
             (b"", {}), (b"\n \n# c\n  # c: d\n#\n", {}),
+            (b"#" * 99_999 + b"\na: 1\n", {"a": "1"}),
             (
                 b"moshez: Happy and well\nshawn:alive",
                 {"moshez": "Happy and well", "shawn": "alive"}
@@ -445,6 +446,7 @@ class Codecs(unittest.TestCase):
             (b"moshez\nhi\nmore\nlines", Setting("moshez", "hi"), None),
             (b"moshez\n\n", Setting("moshez", ""), None),
             (b"moshez\r\n\r\n", Setting("moshez", ""), None),
+            (b"\xef\xbb\xbfmoshez\nhi\n", Setting("moshez", "hi"), None),  # from PowerShell
             (b"zo\xc3\xa9\ncaf\xe9\x1b\n", Setting("zo\u00e9", "caf\ufffd"), None),
             (b"John Doe\n: @ /\n", Setting("John Doe", ": @ /"), None),
             (b"moshez\n" + b"x" * 1000 + b"\n", Setting("moshez", "x" * 1000), None),
@@ -1698,6 +1700,11 @@ class XmlRpc(Served):
         for fault in faults:
             self.assertEqual(set(fault), {"faultCode", "faultString"})
             self.assertNotRegex(fault["faultString"], r"Error|'|<|_")
+
+    def test_a_call_is_answered_whatever_the_caller_knows(self) -> None:
+        call = xmlrpc.client.dumps(("moshez",), "getUser").encode()
+        data = request("/RPC2", "If-None-Match: *", method="POST", body=call)
+        self.assertEqual(self.post(data), "Happy and well")
 
     def post(self, data: bytes) -> Any:
         """The value, or the fault's code, in the one response to `data`."""
