@@ -24,7 +24,6 @@ import base64
 import collections
 import contextlib
 import datetime
-import email.utils
 import errno
 import fcntl
 import functools
@@ -351,21 +350,25 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
 # ---- times -------------------------------------------------------------------------------------
 
 
+def format_utc(when: float, form: str) -> str:
+    """`when` (seconds since 1970) in UTC as strftime writes it, in English: no locale is set."""
+    return datetime.datetime.fromtimestamp(when, datetime.timezone.utc).strftime(form)
+
+
 def iso_time(when: float) -> str:
-    """`when` (seconds since 1970) as programs read it (RFC 3339): 2026-11-23T01:40:00Z."""
-    utc = datetime.datetime.fromtimestamp(when, datetime.timezone.utc)
-    return utc.strftime("%Y-%m-%dT%H:%M:%SZ")
+    """`when` as programs read it (RFC 3339): 2026-11-23T01:40:00Z."""
+    return format_utc(when, "%Y-%m-%dT%H:%M:%SZ")
 
 
 def plain_time(when: float) -> str:
     """`when` as people read it: 2026-11-23 01:40 UTC."""
-    return iso_time(when)[:16].replace("T", " ") + " UTC"
+    return format_utc(when, "%Y-%m-%d %H:%M UTC")
 
 
 @functools.lru_cache(maxsize=1024)  # the Date header is made once a second: 3 µs less per answer
 def http_time(second: int) -> str:
     """`second` as HTTP writes it (RFC 9110, section 5.6.7)."""
-    return email.utils.formatdate(second, usegmt=True)
+    return format_utc(second, "%a, %d %b %Y %H:%M:%S GMT")
 
 
 # ---- HTTP/1.1 request heads (RFC 9112) ---------------------------------------------------------
@@ -2464,6 +2467,7 @@ class UrlSource:
             return FileSource(self._copy).read(known)
 
     def _fetch(self, known: Mapping[str, str]) -> UsersFile | None:
+        import email.utils
         import urllib.request
 
         deadline = time.monotonic() + FETCH_SECONDS
