@@ -19,6 +19,9 @@ command line. A name is used only below its definition.
 
 from __future__ import annotations
 
+import gc
+
+gc.disable()  # imports make no garbage: 4 ms less of 85 until the first answer
 import argparse
 import base64
 import collections
@@ -95,9 +98,12 @@ def _import_servers() -> None:
 
 
 _import_servers()
-import http.server  # noqa: E402
-import xmlrpc.client  # noqa: E402
-import xmlrpc.server  # noqa: E402
+import http.server
+import xmlrpc.client
+import xmlrpc.server
+
+gc.freeze()  # what they made stays
+gc.enable()
 
 __version__ = "1.0"
 

@@ -4036,6 +4036,23 @@ class Replicas(ServiceCase):
         until(lambda: replica.log)
         self.assertIn("403", replica.log[-1])
 
+    def test_https_is_there_for_a_url_and_not_before(self) -> None:
+        code = """if True:
+            import sys
+            sys.path.insert(0, sys.argv[1])
+            import fingerd
+            slow = {"_hashlib", "_ssl", "email.utils", "http.client", "inspect", "pydoc"}
+            print(sorted(slow.intersection(sys.modules)))
+            try:
+                fingerd.UrlSource("https://127.0.0.1:1/", None).read({})
+            except fingerd.UsersError as problem:
+                print(problem)
+        """
+        command = [sys.executable, "-I", "-S", "-c", code, str(FINGERD.parent)]
+        first, second = subprocess.check_output(command).decode().splitlines()
+        self.assertEqual(first, "[]")
+        self.assertIn("Connection refused", second)
+
     def test_half_an_answer_is_refused(self) -> None:
         def serve() -> None:
             for answer in (b"Last-Modified: yesterday\r\n", b"", b"Content-Length: 30\r\n"):
