@@ -3028,17 +3028,19 @@ def irc_options(options: argparse.Namespace) -> IrcOptions | None:
 
 
 EPILOG = """\
-ADDRESS is PORT, HOST:PORT, [v6]:PORT or off; port 0 takes a free one. Without a host it is every
-address of this machine, IPv4 and IPv6, but for the setter 127.0.0.1.
+ADDRESS is PORT, HOST:PORT, [v6]:PORT or off; port 0 takes a free one. Without
+a host it is every address of this machine, IPv4 and IPv6, but for the setter
+127.0.0.1.
 
 examples:
-  fingerd.py /etc/users                      everything on the ports that clients expect, as root
-  fingerd.py --check /etc/users              what is wrong with the file
-  fingerd.py --finger 7979 --web off users   finger alone, as anybody
+  fingerd.py /etc/users           on the ports that clients expect, as root
+  fingerd.py --check /etc/users   what is wrong with the file
+  fingerd.py --finger 7979 --setter off --web off users
+                                  finger alone, as anybody
 
 SIGHUP reads the users file at once, SIGTERM and SIGINT stop the service.
-exit status: 0 stopped, or nothing wrong (--check); 1 cannot start, or something wrong;
-2 wrong options
+exit status: 0 stopped, or nothing wrong (--check); 1 cannot start, or
+something wrong; 2 wrong options
 """
 
 
