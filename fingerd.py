@@ -143,8 +143,8 @@ ACCEPT_SECONDS = 0.25  # for which accept waits by itself,
 TURN_SECONDS = 0.01  # and of accepting, before the server looks at those who rest
 LOOK_SECONDS = 0.5  # between looks for connections whose time is up
 FETCH_SECONDS = 10.0  # for a users file on another server
-GATHER_SECONDS = 0.005  # in which messages gather for one commit,
-BUSY_SECONDS = 1.0  # for so long after some have come together
+GATHER_SECONDS = 0.005  # that a message waits for others, to share their commit,
+BUSY_SECONDS = 1.0  # within this time after a commit was shared
 PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor for it
 FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in such a time
 BACKLOG = 4_096  # connections that the kernel queues for us
@@ -757,14 +757,15 @@ class InUse(NotKept):
 class StateFile:
     """What was set, on disk: SQLite, a row a user, readable with the sqlite3 tool.
 
-    Made before privileges are dropped and open ever after. Not for two threads at once. Raises
+    Opened before privileges are dropped, and kept open. It is for one thread at a time. Raises
     NotKept where the file cannot be had: unusable, somebody else's, or in use by another fingerd.
     """
 
     APPLICATION_ID = 0x46494E47  # "FING", in the file's header
-    SCHEMA = """
-        PRAGMA application_id = 0x46494E47;
-        PRAGMA user_version = 1;
+    VERSION = 1  # of the schema
+    SCHEMA = f"""
+        PRAGMA application_id = {APPLICATION_ID};
+        PRAGMA user_version = {VERSION};
         CREATE TABLE IF NOT EXISTS messages (
             user TEXT PRIMARY KEY,
             text TEXT NOT NULL,
@@ -780,31 +781,24 @@ class StateFile:
         except ImportError:
             raise NotKept("this Python has no sqlite3") from None
         self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-        with contextlib.ExitStack() as undo:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with contextlib.ExitStack() as opened:
             try:
-                self._lock = self._sole_use(path)
-                undo.callback(os.close, self._lock)
+                os.close(os.open(path, flags, 0o600))  # SQLite would make it readable for others
+                # Ours is another file: to close the database would end SQLite's own locks on it.
+                lock = os.open(f"{path}-lock", flags, 0o600)
+                opened.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._db = sqlite3.connect(
                     str(path), timeout=2.0, isolation_level=None, check_same_thread=False
                 )
-                undo.callback(self._db.close)
+                opened.callback(self._db.close)
                 self._prepare()
+            except BlockingIOError:
+                raise InUse(f"{path}: another fingerd is using it") from None
             except self.errors as problem:
                 raise NotKept(f"{path}: {problem}") from None
-            undo.pop_all()
-
-    @staticmethod
-    def _sole_use(path: pathlib.Path) -> int:
-        """A lock on a file of its own: SQLite's locks on the database would go with this one."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        os.close(os.open(path, flags, 0o600))
-        lock = os.open(f"{path}-lock", flags, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise InUse(f"{path}: another fingerd is using it") from None
-        return lock
+            self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
         """Make a new database ours; leave alone whatever is not."""
@@ -813,7 +807,7 @@ class StateFile:
         tables = self._db.execute("SELECT name FROM sqlite_master").fetchall()
         if application != self.APPLICATION_ID and (application or tables):
             raise OSError("not a fingerd state file")
-        if version > 1:
+        if version > self.VERSION:
             raise OSError("made by a newer fingerd")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
@@ -835,7 +829,7 @@ class StateFile:
             raise NotKept(str(problem)) from None
 
     def write(self, changes: Mapping[str, Message | None]) -> None:
-        """Put `changes` on disk, None to forget, all of them or none: NotKept says why none."""
+        """Put all of `changes` on disk, None to forget; or none, and NotKept says why."""
         try:
             self._db.execute("BEGIN IMMEDIATE")
             for user, message in changes.items():
@@ -852,37 +846,37 @@ class StateFile:
 
     def close(self) -> None:
         """Fold the write-ahead log into the database, and let go of it."""
-        with contextlib.suppress(*self.errors):
+        with self._opened, contextlib.suppress(*self.errors):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            self._db.close()
-        os.close(self._lock)
 
 
 class Snapshot(NamedTuple):
     """All that is visible at one moment. It never changes: a writer publishes another one.
 
-    A user of the file costs a name and a text, which the garbage collector need not look at.
+    For a user of the file it holds two strings and no object of our own, since the garbage
+    collector passes over strings.
     """
 
     version: int = 0
-    changed: float = 0.0  # when it became so
+    changed: float = 0.0  # when it became visible
     file: dict[str, str] = {}  # what the users file says, empty texts included
     loaded: float = 0.0  # since when the file says so,
-    dates: dict[str, float] = {}  # but for these, which a later reload brought
-    heard: dict[str, Status] = {}  # the messages that stand
-    names: list[str] = []  # the users with a text in the file, sorted,
-    others: list[str] = []  # and those who have only a message, sorted
+    dates: dict[str, float] = {}  # except for the lines that a later reload brought
+    messages: dict[str, Message] = {}  # all of them, also those that do not stand
+    names: list[str] = []  # the users with a text in the file, sorted
+    others: list[str] = []  # the users with a message alone, sorted
 
     def text(self, user: str) -> str:
         """The user's text, "" for an unknown user and for one without a status."""
-        status = self.heard.get(user)
-        return status.text if status else self.file.get(user, "")
+        line, message = self.file.get(user), self.messages.get(user)
+        return message.text if message and message.covers == line else line or ""
 
     def get(self, user: str) -> Status | None:
         """The user's status, or None where there is none."""
-        text = self.file.get(user)
-        status = Status(text, self.dates.get(user, self.loaded)) if text else None
-        return self.heard.get(user, status)
+        line, message = self.file.get(user), self.messages.get(user)
+        if message and message.covers == line:
+            return Status(message.text, message.since)
+        return Status(line, self.dates.get(user, self.loaded)) if line else None
 
     def users(self) -> Iterator[tuple[str, Status]]:
         """Everybody who has a status, sorted by name."""
@@ -895,6 +889,11 @@ class Snapshot(NamedTuple):
         """How many users have a status."""
         return len(self.names) + len(self.others)
 
+    def with_others(self) -> Snapshot:
+        """The same after `file` or `messages` changed: with `others` as they are by them."""
+        others = [user for user in self.messages if not self.file.get(user) and self.text(user)]
+        return self._replace(others=sorted(others))
+
 
 def sorted_in_slices(names: list[str]) -> list[str]:
     """`names` in order; slice by slice, for one sort of a million would stop every thread."""
@@ -904,12 +903,11 @@ def sorted_in_slices(names: list[str]) -> list[str]:
 
 
 class _Order:
-    """A message on its way to the disk, and what became of it."""
+    """A call of `set` that waits for its commit, or what became of it."""
 
     def __init__(self, user: str, text: str, by: str) -> None:
         self.user, self.text, self.by = user, text, by
-        self.done = False
-        self.problem = "could not be kept"  # until it is known to be
+        self.problem = "could not be kept"  # "" once it is
 
 
 class StatusStore:
@@ -922,13 +920,10 @@ class StatusStore:
     def __init__(self, state: StateFile | None = None) -> None:
         self._state = state
         self._writing = threading.Lock()
-        self._company = threading.Condition()  # of those who wait for a commit
         self._orders: list[_Order] = []
-        self._committing = False
-        self._busy_until = 0.0  # a while ago, more than one came together
-        self._messages = state.load() if state else {}
+        self._busy_until = 0.0  # until then, more are likely to come together
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
-        self._now = Snapshot()
+        self._now = Snapshot(messages=state.load() if state else {})
 
     def snapshot(self) -> Snapshot:
         """All that is visible now, consistent in itself."""
@@ -959,117 +954,83 @@ class StatusStore:
             gone = [user for user in old.file if user not in texts]
             if not (first or changed or gone):
                 return False
-            self._forget_outdated(texts)
             dates = {user: since for user, since in old.dates.items() if user in texts}
             dates.update(dict.fromkeys(() if first else changed, when))
             same_names = not gone and all(old.file.get(user) and texts[user] for user in changed)
-            heard = {
-                user: Status(message.text, message.since)
-                for user, message in self._messages.items()
-                if message.covers == texts.get(user)
-            }
+            messages = self._forget_outdated(texts)
             new = old._replace(
                 file=texts,
                 loaded=when if first else old.loaded,
                 dates=dates,
+                messages=messages,
                 names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
-                heard=heard,
-                others=sorted(user for user in heard if not texts.get(user)),
             )
-            latest = max((status.since for status in heard.values()), default=when)
-            self._publish(new, max(when, latest), () if first else changed)
+            latest = max((message.since for message in messages.values()), default=when)
+            self._publish(new.with_others(), max(when, latest), () if first else changed)
         return True
 
-    def _forget_outdated(self, texts: Mapping[str, str]) -> None:
-        """Forget the messages whose user's line is not what they cover any more."""
+    def _forget_outdated(self, texts: Mapping[str, str]) -> dict[str, Message]:
+        """The messages without those whose user's line is there and not what they cover."""
+        messages = self._now.messages
         outdated = [
-            user
-            for user, message in self._messages.items()
-            if user in texts and texts[user] != message.covers
+            user for user, (*_, covers, _) in messages.items() if texts.get(user, covers) != covers
         ]
-        for user in outdated:
-            del self._messages[user]
         try:
             if self._state and outdated:
                 self._state.write(dict.fromkeys(outdated))
         except NotKept as problem:  # no harm is done: the next start compares again
             log.warning("the state file: %s", problem)
+        return {user: messages[user] for user in messages.keys() - outdated}
 
     def set(self, user: str, text: str, by: str = "") -> None:
         """Set the user's message, "" to take it back; returns once that is on disk and visible.
 
-        Raises NotKept, with nothing changed, where it cannot be. Those who come while another one
-        is committed share the next commit, which one of them makes for all.
+        Raises NotKept, with nothing changed, where it cannot be. Whoever gets the lock makes one
+        commit for all who wait for it; they find their orders done when it is their turn.
         """
         order = _Order(user, text, by)
-        with self._company:
-            self._orders.append(order)
-            self._company.wait_for(lambda: order.done or not self._committing)
-            if not order.done:
-                self._committing = True
-        if not order.done:
-            self._carry_out_all()
+        self._orders.append(order)
+        if time.monotonic() < self._busy_until:
+            time.sleep(GATHER_SECONDS)
+        with self._writing:
+            if order in self._orders:
+                self._carry_out()
         if order.problem:
             raise NotKept(order.problem)
 
-    def _carry_out_all(self) -> None:
-        """Carry out every order that waits, and let those who gave them go on."""
-        if time.monotonic() < self._busy_until:
-            time.sleep(GATHER_SECONDS)
-        with self._company:
-            orders, self._orders = self._orders, []
+    def _carry_out(self) -> None:
+        """Commit and publish all orders that wait, and tell each its outcome."""
+        orders = self._orders[:]
+        del self._orders[: len(orders)]  # and not those that have come since
         if len(orders) > 1:
             self._busy_until = time.monotonic() + BUSY_SECONDS
-        try:
-            with self._writing:
-                self._carry_out(orders)
-        finally:
-            with self._company:
-                for order in orders:
-                    order.done = True
-                self._committing = False
-                self._company.notify_all()
-
-    def _carry_out(self, orders: list[_Order]) -> None:
-        """Commit and publish `orders` at once, and tell each its outcome."""
+        old, when = self._now, time.time()
+        messages = dict(old.messages)
         changes: dict[str, Message | None] = {}
-        carried_out: list[_Order] = []
-        room, when = MAX_MESSAGES - len(self._messages), time.time()
+        accepted: list[_Order] = []
         for order in orders:
-            new = order.text and order.user not in self._messages and not changes.get(order.user)
-            if new and not room:
+            if order.text and order.user not in messages and len(messages) >= MAX_MESSAGES:
                 order.problem = f"no room for more than {MAX_MESSAGES} messages"
                 continue
-            room -= bool(new)
-            covers = self._now.file.get(order.user)
-            message = Message(order.text, when, covers, order.by) if order.text else None
-            changes[order.user] = message
-            carried_out.append(order)
+            if order.text:
+                covers = old.file.get(order.user)
+                messages[order.user] = Message(order.text, when, covers, order.by)
+            else:
+                messages.pop(order.user, None)
+            changes[order.user] = messages.get(order.user)
+            accepted.append(order)
         try:
             if self._state:
                 self._state.write(changes)
         except NotKept as problem:
             log.error("the state file: %s", problem)
             return
-        self._apply(changes, when)
-        for order in carried_out:
+        new = old._replace(messages=messages)
+        if not all(old.text(user) and new.text(user) for user in changes):
+            new = new.with_others()  # somebody came or went
+        self._publish(new, when, changes)
+        for order in accepted:
             order.problem = ""
-
-    def _apply(self, changes: Mapping[str, Message | None], when: float) -> None:
-        """Let `changes`, which are kept by now, be heard."""
-        old, heard = self._now, dict(self._now.heard)
-        for user, message in changes.items():
-            heard.pop(user, None)
-            self._messages.pop(user, None)
-            if message:
-                heard[user] = Status(message.text, message.since)
-                self._messages[user] = message
-        others = old.others
-        if any(
-            not old.file.get(user) and (user in old.heard) != (user in heard) for user in changes
-        ):
-            others = sorted(user for user in heard if not old.file.get(user))
-        self._publish(old._replace(heard=heard, others=others), when, changes)
 
     def _publish(self, new: Snapshot, when: float, users: Iterable[str]) -> None:
         """Make `new` what is visible; `users` are those who may have another text by it."""
