@@ -9,19 +9,23 @@
 Run `python3 fingerd.py /etc/users`; `--help` tells the rest. Nothing but the standard library is
 needed, and this file is the whole installation.
 
-The file is read from the bottom of the house to its roof, six rooms in all. `text` and `codecs`
-turn bytes into values and back, and know of nothing else. The `store` is the one meeting point:
-whoever spoke last about a user, the users file or the user, is heard. The `answers` make a reply
-from the store and a parsed query, still without a socket or a clock. The `services` own every
-socket, thread and clock; they know nothing of each other. The `composition` alone sees the
-command line. A name is used only below its definition.
+Some words mean one thing throughout: a `message` is what was set for a user, a `status` what is
+shown for one, be it a message or a line of the users file. A `peer` is one connection to a server.
+The `faces` are the servers: finger, setter and web.
+
+The file is read from its top. It has six parts, the rooms: `text` and `codecs` turn bytes into
+values and back, and know of nothing else. The `store` is where all others meet: whoever spoke
+last about a user, the users file or the user, is heard. The `answers` make a reply from the store
+and a parsed query, still without a socket or a clock. The `services` own every socket, thread and
+clock; they know nothing of each other. The `composition` alone sees the command line. A name is
+used only below its definition.
 """
 
 from __future__ import annotations
 
 import gc
 
-gc.disable()  # imports make no garbage: 4 ms less of 85 until the first answer
+gc.disable()  # the imports leave no garbage to look for: 4 ms less of 85 to the first answer
 import argparse
 import base64
 import collections
@@ -74,17 +78,17 @@ if TYPE_CHECKING:
 
 
 class _StandIn(types.ModuleType):
-    """In the place of a module that is imported by one that we need, but not used for us."""
+    """Takes the place of a module that one of ours imports without need, as far as we use it."""
 
     def __getattr__(self, _name: str) -> type:
-        return object  # which may be derived from
+        return object  # it is only derived from
 
 
 def _import_servers() -> None:
-    """Import http.server and xmlrpc without what they have for clients, files and documentation.
+    """Import http.server and xmlrpc without what they import for clients, files and help pages.
 
-    That is 25 ms less of 110 until the first answer, and 8 MiB less of 34. Where a Python to come
-    cannot import them so, the plain imports below do it.
+    That is 25 ms less of 110 until the first answer, and 8 MiB less of 34. Should that fail in
+    some later Python, the plain imports below bring all of it.
     """
     unused = ("email.utils", "gzip", "http.client", "inspect", "pydoc", "shutil")
     stand_ins = {name: _StandIn(name) for name in unused if name not in sys.modules}
@@ -102,16 +106,17 @@ import http.server
 import xmlrpc.client
 import xmlrpc.server
 
-gc.freeze()  # what they made stays
+gc.freeze()  # what they made stays, and need not be looked at again
 gc.enable()
 
 __version__ = "1.0"
 
-# ---- limits: what anybody may ask of us --------------------------------------------------------
+# ---- limits: all figures that somebody may want to look up or to change ------------------------
 
+# What people and programs may send, and what they get at most.
 MAX_NAME = 64  # characters of a user's name
 MAX_STATUS = 1_000  # characters of a status
-MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets none)
+MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets no limit)
 MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
@@ -119,45 +124,51 @@ MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
 MAX_BODY = 65_536  # bytes of a request body
 MAX_PAGE_USERS = 1_000  # users on the web page
 MAX_FEED = 50  # entries of a feed
-MAX_PAGES = 1_000  # pages remembered
+MAX_PAGES = 1_000  # web pages that are remembered
 MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 
+# The users file and the store.
 MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
 MAX_FILE_LINE = 8_192  # characters of one line in it
 MAX_USERS = 2_000_000  # users in it
 MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
 MAX_MESSAGES = 100_000  # users with a message of their own
 MAX_CHANGES = 100  # changes that the store remembers for announcements
-
-FINGER_SECONDS, FINGER_CEILING = 10.0, 512  # a whole query; connections at work
-SETTER_SECONDS, SETTER_CEILING = 60.0, 64
-WEB_SECONDS, WEB_CEILING = 15.0, 256  # for a request, the idle time in front of it included
-SEND_SECONDS, SLOWEST_READER = 10.0, 100_000  # to take an answer, and a second more per 100 kB
-DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a peer still sends after its answer
-RECEIVE_BYTES = 4_096  # taken at once from a socket; a parser may remember as much of a stranger's
-BLOCK_BYTES = 65_536  # taken at once from a file, and sent at once
-SETTLE_SECONDS = 1.0  # the age at which a users file is taken for finished
-SHORT_TURN_SECONDS = 1e-4  # for a thread that computes while others wait
-ACCEPT_SECONDS = 0.25  # for which accept waits by itself,
-TURN_SECONDS = 0.01  # and of accepting, before the server looks at those who rest
-LOOK_SECONDS = 0.5  # between looks for connections whose time is up
-FETCH_SECONDS = 10.0  # for a users file on another server
+SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
+FETCH_SECONDS = 10.0  # to get a users file from another server
 GATHER_SECONDS = 0.005  # that a message waits for others, to share their commit,
 BUSY_SECONDS = 1.0  # within this time after a commit was shared
-PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor for it
-FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in such a time
-BACKLOG = 4_096  # connections that the kernel queues for us
-STOP_SECONDS = 2.0  # for the answers in flight when the service stops
-QUEUE_SECONDS = 1.0  # for the connections that are still queued then
 
-IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # as others receive it; of tags in front (IRCv3)
-IRC_HOST_BYTES = 63  # taken for the length of our own host until the server shows it
+# Connections: how many a server has at the same time, and the seconds for a whole exchange.
+FINGER_SECONDS, FINGER_CEILING = 10.0, 512
+SETTER_SECONDS, SETTER_CEILING = 60.0, 64
+WEB_SECONDS, WEB_CEILING = 15.0, 256  # for each request, with the idle time before it
+SEND_SECONDS = 10.0  # for a peer to take an answer,
+SLOWEST_READER = 100_000  # and a second more for so many bytes of it
+DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # of what a peer still sends after its answer
+RECEIVE_BYTES = 4_096  # taken at once from a peer; the parsers' caches hold them, so not more
+BLOCK_BYTES = 65_536  # taken at once from a file, or from an IRC server
+BACKLOG = 4_096  # connections that the kernel queues for us
+ACCEPT_SECONDS = 0.25  # that a server without other peers waits inside accept
+TURN_SECONDS = 0.01  # that it accepts without a break, before it serves those who rest
+LOOK_SECONDS = 0.5  # between looks for connections whose time is up
+PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor left
+STOP_SECONDS = 2.0  # for the answers in flight when the service stops
+QUEUE_SECONDS = 1.0  # for the connections that the kernel has queued by then
+
+# The process.
+SHORT_TURN_SECONDS = 1e-4  # of computing, while a long computation goes on
+FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in so many seconds
+
+IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # of a line; and of the tags before it (IRCv3)
+IRC_HOST_BYTES = 63  # assumed for the length of our own host until the server shows it
 IRC_NICK_BYTES = 9  # every server allows these (RFC 2812, section 1.2.1)
 IRC_CHANNELS_BYTES = 400  # the channels with commas between, so that one JOIN holds them
 IRC_SASL_BYTES = 400  # of base64 in one AUTHENTICATE
-IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # sent at once; then one each time these have passed
-IRC_QUEUE_LINES, IRC_STALE_SECONDS = 20, 30.0  # that wait; after which an answer is not wanted
+IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # sent at once; then one in each such time
+IRC_QUEUE_LINES = 20  # that wait to be sent
+IRC_STALE_SECONDS = 30.0  # after which a waiting answer is not sent any more
 IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # of one user@host; more are ignored
 IRC_ASKERS = 1_000  # user@hosts remembered
 IRC_ANNOUNCED = 3  # changes told one by one; the rest of a burst is only counted
@@ -171,7 +182,6 @@ IRC_POLL_SECONDS = 0.5  # between looks at the clock, at the store, and whether 
 
 NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 log = logging.getLogger("fingerd")
 T = TypeVar("T")
@@ -723,18 +733,21 @@ def reconnect_delay(attempt: int, jitter: float) -> float:
 
 
 class Status(NamedTuple):
-    """What is shown for a user, and since when (seconds since 1970)."""
+    """What is shown for a user, and since when it has been (seconds since 1970)."""
 
     text: str
     since: float
 
 
 class Message(NamedTuple):
-    """What was set for a user; it stands while the users file still says what it covers."""
+    """What was set for a user.
+
+    It stands, that is, it is shown, while the users file says about the user what it said then.
+    """
 
     text: str
     since: float
-    covers: str | None  # the file's text at the time, None where the file did not name the user
+    covers: str | None  # the file's text then, None where the file did not name the user
     by: str  # the address that set it
 
 
@@ -751,7 +764,7 @@ class NotKept(Exception):
 
 
 class InUse(NotKept):
-    """The state file is another fingerd's."""
+    """Another fingerd is using the state file."""
 
 
 class StateFile:
@@ -3175,6 +3188,9 @@ def stop(services: Services) -> None:
         stopper.join()
     services.store.close()
     log.info("stopped")
+
+
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # what the main thread waits for
 
 
 def wait_for_the_end(services: Services) -> None:
