@@ -62,16 +62,7 @@ import types
 import urllib.parse
 import xml.parsers.expat
 import zlib
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-    NamedTuple,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import ssl
@@ -2326,7 +2317,7 @@ class UsersError(Exception):
 
 
 class Unsettled(Exception):
-    """Somebody seems to be at work on the users file."""
+    """Somebody seems to be at work on the users file: it is better read a moment later."""
 
 
 def blocking_path(path: pathlib.Path) -> str:
@@ -2348,7 +2339,7 @@ def read_users(
     expected: int = 0,
     deadline: float = math.inf,
 ) -> UsersFile:
-    """The users file that `read` gives, block by block.
+    """The users file whose next bytes `read` returns at each call, none at its end.
 
     Raises UsersError where it is too large, ends before `expected` bytes, or comes too late.
     """
@@ -2384,7 +2375,7 @@ class FileSource:
 
     @staticmethod
     def _signature(status: os.stat_result) -> tuple[int, ...]:
-        """What tells the file from another one; () while an editor may be at work on it."""
+        """What is another after every change; () while an editor may be at work on the file."""
         if 0 <= time.time() - status.st_mtime < SETTLE_SECONDS:
             return ()
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
@@ -2396,7 +2387,7 @@ class FileSource:
         """
         try:
             found = self._path.stat()
-            if not stat.S_ISREG(found.st_mode):  # opening a device may do anything
+            if not stat.S_ISREG(found.st_mode):  # to open a device may do anything
                 raise UsersError("not a regular file")
             before = self._signature(found)
             if not always and not before:
@@ -2419,15 +2410,16 @@ class FileSource:
 
 
 class UrlSource:
-    """The users file of another fingerd, or of any web server; a copy of it outlives the process.
+    """A users file on a web server, as a rule another fingerd's list.
 
-    `copy` is where that is kept, None for nowhere.
+    A copy of it is kept in the file `copy`, if any, for a start while that server is down.
     """
 
     def __init__(self, url: str, copy: pathlib.Path | None) -> None:
         self._url, self._copy = url, copy
         self._conditions: dict[str, str] = {}  # headers that ask whether anything is new
-        importlib.import_module("urllib.request")  # slow; before privileges are dropped
+        for name in ("urllib.request", "encodings.idna"):  # slow; before privileges are dropped
+            importlib.import_module(name)
 
     def __str__(self) -> str:
         return self._url
@@ -2435,7 +2427,7 @@ class UrlSource:
     def read(self, known: Mapping[str, str], _always: bool = True) -> UsersFile | None:
         """What the file says now, None if it did not change; raises UsersError.
 
-        The first time, the copy does where the other server cannot be had.
+        As long as nothing is `known`, the copy has to do where the other server cannot be had.
         """
         try:
             return self._fetch(known)
@@ -2447,6 +2439,7 @@ class UrlSource:
             return FileSource(self._copy).read(known)
 
     def _fetch(self, known: Mapping[str, str]) -> UsersFile | None:
+        """As `read`, but from the other server alone; raises whatever urllib does, too."""
         import email.utils
         import urllib.request
 
@@ -2464,7 +2457,7 @@ class UrlSource:
             raise
         try:
             when = email.utils.parsedate_to_datetime(told["Last-Modified"]).timestamp()
-        except (TypeError, ValueError, OverflowError):  # there is none, or it is none
+        except (TypeError, ValueError, OverflowError):  # there is no date, or it is not one
             when = time.time()
         self._keep(users.texts, when)
         validators = {"If-None-Match": told["ETag"], "If-Modified-Since": told["Last-Modified"]}
@@ -2472,7 +2465,7 @@ class UrlSource:
         return users._replace(modified=when)
 
     def _keep(self, texts: Mapping[str, str], modified: float) -> None:
-        """Replace the copy by `texts`; where that fails, there is none or an older one."""
+        """Replace the copy, if one is kept, by `texts`; where that fails, the old one stays."""
         if not self._copy:
             return
         new = self._copy.with_name(self._copy.name + ".new")
@@ -2490,8 +2483,8 @@ class UrlSource:
 class Reloader(threading.Timer):
     """Reads the users file every `interval` seconds, and whenever it is asked to.
 
-    One thread, without drift, which outlives whatever happens to the file: what it said last
-    stays in force, and that is logged once.
+    Its one thread keeps time without drift, and outlives whatever happens to the file: what that
+    said last stays in force, and the trouble is logged once.
     """
 
     def __init__(self, source: FileSource | UrlSource, store: StatusStore, interval: float) -> None:
@@ -2499,8 +2492,8 @@ class Reloader(threading.Timer):
         self.daemon, self.name = True, "reloader"
         self._source, self._store = source, store
         self._reading = threading.Lock()
-        self._complaint = ""
-        self._problems: list[str] = []
+        self._complaint = ""  # why the file cannot be read, as logged last
+        self._problems: list[str] = []  # the bad lines, as logged last
 
     def run(self) -> None:
         """Look at the file at every tick until cancelled."""
@@ -2511,8 +2504,11 @@ class Reloader(threading.Timer):
                 pass
 
     def refresh(self) -> None:
-        """Look at the file before a message is set over it, and wait a moment if it has to."""
-        if not self.look():
+        """Look at the file before a message is set over it, and wait a moment if need be.
+
+        Another server is not asked again for each message: it may not even be there.
+        """
+        if isinstance(self._source, FileSource) and not self.look():
             self.finished.wait(SETTLE_SECONDS)
             self.look()
 
@@ -2521,7 +2517,10 @@ class Reloader(threading.Timer):
         self.look(always=True)
 
     def look(self, always: bool = False) -> bool:
-        """Read the file if it changed, or `always`; False while somebody is at work on it."""
+        """Read the file if it changed, or `always`, and log why where that is not possible.
+
+        False while somebody is at work on it: then it was not read.
+        """
         complaint = ""
         try:
             self.load(always)
@@ -2641,6 +2640,7 @@ class IrcBot(threading.Thread):
         super().__init__(name="irc", daemon=True)
         self.options, self.store = options, store
         self.tls = irc_tls(options.fingerprint) if options.tls else None
+        importlib.import_module("encodings.idna")  # for look-ups, before privileges are dropped
         self.dialer: IrcDialer | None = None
         self.stopping = threading.Event()
 
@@ -2717,15 +2717,15 @@ class IrcBot(threading.Thread):
 
 
 class FloodFilter(logging.Filter):
-    """Keeps strangers from filling a disk: of equal complaints only some are written."""
+    """Keeps strangers from filling the disk: only so many complaints of a kind are written."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: dict[str, int] = {}  # of each format in this period
+        self._counts: dict[str, int] = {}  # of complaints with the same words, but for figures
         self._ends = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write the line; the last of its kind for now says that it is."""
+        """Whether to write the line; the last one that is written says so."""
         if record.levelno < logging.WARNING:
             return True
         if record.created >= self._ends:
@@ -2740,7 +2740,7 @@ class StartError(Exception):
     """The service cannot start; the text says why, in one line."""
 
 
-FACES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # and where they listen
+FACES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # and their default addresses
 
 
 class Address(NamedTuple):
@@ -2754,14 +2754,14 @@ class Address(NamedTuple):
 
 
 def listen(face: str, address: Address) -> socket.socket:
-    """A listening socket; without a host for IPv4 and IPv6 alike where the machine has both."""
+    """A listening socket; without a host it is for IPv4 and IPv6 if the machine has both."""
     host, port = address
     try:
         if not host and socket.has_dualstack_ipv6():
             return socket.create_server(
                 ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
             )
-        name = (host or "0.0.0.0").encode("ascii")  # a str would load the IDNA codec: 2 ms
+        name = (host or "0.0.0.0").encode("ascii")  # for a str the IDNA codec is loaded: 2 ms
         family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as problem:
@@ -2771,7 +2771,7 @@ def listen(face: str, address: Address) -> socket.socket:
 
 
 def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
-    """The listeners that systemd passed us, by face: sd_listen_fds(3)."""
+    """The listeners that systemd has opened for us, by face: see sd_listen_fds(3)."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = environ.get("LISTEN_FDNAMES", "").split(":")
@@ -2790,57 +2790,46 @@ def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
 
 
 def notify(message: str) -> None:
-    """Tell the service manager, if there is one: sd_notify(3)."""
+    """Tell the service manager, if there is one: see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
-class Identity(NamedTuple):
-    """Whom the service is run as."""
-
-    uid: int
-    gid: int
-
-
-def find_identity(run_as: str) -> Identity:
-    """The identity that USER[:GROUP] names, by names or by numbers."""
+def find_identity(run_as: str) -> tuple[int, int]:
+    """The uid and the gid that USER[:GROUP] means, each a name or a number."""
     user, _, group = run_as.partition(":")
     try:
-        entry = None if user.isdigit() else pwd.getpwnam(user)
-        uid = entry.pw_uid if entry else int(user)
+        uid = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
         if group:
-            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-        else:
-            gid = entry.pw_gid if entry else uid
+            return uid, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        return uid, uid if user.isdigit() else pwd.getpwnam(user).pw_gid
     except (KeyError, ValueError):
         raise StartError(f"--run-as: no such user or group: {run_as!a}") from None
-    return Identity(uid, gid)
 
 
-def drop_privileges(identity: Identity) -> None:
-    """Become `identity` for good; groups first, for afterwards they could not be changed."""
-    with contextlib.suppress(OSError, OverflowError):
+def drop_privileges(uid: int, gid: int) -> None:
+    """Become that user and group for good; groups first: afterwards they cannot be changed."""
+    with contextlib.suppress(OSError, OverflowError):  # whether it worked is seen below
         os.setgroups([])
-        os.setgid(identity.gid)
-        os.setuid(identity.uid)
+        os.setgid(gid)
+        os.setuid(uid)
     ids = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}, os.getgroups()
-    if ids != ({identity.uid}, {identity.gid}, []):
-        raise StartError(f"--run-as: cannot become uid {identity.uid}, gid {identity.gid}")
+    if ids != ({uid}, {gid}, []):
+        raise StartError(f"--run-as: cannot become uid {uid}, gid {gid}")
 
 
-def import_what_is_lazy(looks_up_hosts: bool) -> None:
-    """Import what the library would import later: after the drop it may be out of reach."""
-    encodings = ["latin_1", "cp1252", "iso8859_15", "koi8_r"]  # for XML that declares one
-    encodings += ["idna"] if looks_up_hosts else []
+def import_what_is_lazy() -> None:
+    """Import what the library would import later: without privileges it may be out of reach."""
+    encodings = ("latin_1", "cp1252", "iso8859_15", "koi8_r")  # for XML that declares one
     for name in ("linecache", "tokenize", *(f"encodings.{name}" for name in encodings)):
         importlib.import_module(name)
 
 
 def find_trim() -> Callable[[int], object] | None:
-    """malloc_trim(3), or None where there is none that end_after_the_script could use."""
-    if sys.version_info >= (3, 12):  # may start no thread once the script has ended
+    """malloc_trim(3) for end_after_the_script, or None where one of the two is not possible."""
+    if sys.version_info >= (3, 12):  # it starts no thread once the script has ended
         return None
     try:
         import ctypes  # before privileges are dropped
@@ -2856,26 +2845,22 @@ def is_url(users: str) -> bool:
     return users.lower().startswith(("http://", "https://"))
 
 
-def default_state(users: str, environ: Mapping[str, str], root: bool) -> pathlib.Path:
-    """Where the state of the users file lies unless --state says otherwise."""
-    where = users if is_url(users) else str(pathlib.Path(users).absolute())
-    name = where.strip("/").replace("/", "-") + ".db"
-    if environ.get("STATE_DIRECTORY"):
-        return pathlib.Path(environ["STATE_DIRECTORY"].split(":")[0], name)
-    if root:
-        return pathlib.Path("/var/lib/fingerd", name)
-    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return pathlib.Path(home, "fingerd", name)
+def open_state(
+    path: pathlib.Path, is_default: bool, owner: tuple[int, int] | None
+) -> StateFile | None:
+    """The state file at `path`; NotKept where it cannot be had.
 
-
-def open_default_state(path: pathlib.Path, owner: Identity | None) -> StateFile | None:
-    """The state file in a directory that is made and handed to `owner`; None if it cannot be."""
+    For the default one a directory is made, which belongs to `owner` like the file. Where that
+    fails, it is done without one, unless another fingerd is using it.
+    """
+    if not is_default:
+        return StateFile(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = StateFile(path)
         if owner:
             for file in [path.parent, *path.parent.glob(path.name + "*")]:
-                os.chown(file, owner.uid, owner.gid, follow_symlinks=False)
+                os.chown(file, *owner, follow_symlinks=False)
         return state
     except InUse:
         raise
@@ -2905,15 +2890,12 @@ def parse_setter(text: str) -> Address | None:
     return address._replace(host=address.host or "127.0.0.1") if address else None
 
 
-def positive_seconds(text: str) -> float:
-    """A number of seconds above 0."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!a} is not a number of seconds")
-    return seconds
+def seconds(text: str) -> float:
+    """A number above 0; argparse says of any other that it is an invalid `seconds` value."""
+    number = float(text)
+    if not 0 < number <= threading.TIMEOUT_MAX:
+        raise ValueError
+    return number
 
 
 def parse_public_url(text: str) -> str:
@@ -3046,7 +3028,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--public-url", metavar="URL", type=parse_public_url,
         help="where the web server is reached from outside, for absolute links")  # fmt: skip
     add = parser.add_argument_group("how to run").add_argument
-    add("--interval", metavar="S", type=positive_seconds, default=30.0,
+    add("--interval", metavar="S", type=seconds, default=30.0,
         help="seconds between looks at the users file (default: 30)")  # fmt: skip
     add("--state", metavar="FILE",
         help="where to keep the messages, or off (default: in the state directory)")  # fmt: skip
@@ -3057,8 +3039,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def configure_logging(verbose: bool) -> None:
-    """Log to stderr, and let no trouble with that become trouble of ours."""
-    logging.raiseExceptions = False
+    """Log to stderr."""
+    logging.raiseExceptions = False  # a stderr that cannot be written to is no trouble of ours
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(FloodFilter())
@@ -3067,14 +3049,14 @@ def configure_logging(verbose: bool) -> None:
 
 
 def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> FileSource | UrlSource:
-    """Where the users file is read; a copy from another server lies beside the `state`."""
+    """Where the users file is read; the copy of one from a server lies beside the `state` file."""
     if is_url(options.users):
         return UrlSource(options.users, state and state.with_name(state.name + ".users"))
     return FileSource(pathlib.Path(options.users))
 
 
 def check(source: FileSource | UrlSource) -> int:
-    """Print what is wrong with the users file; the exit status."""
+    """Print what is wrong with the users file, and return the exit status."""
     users = source.read({})
     problems = users.problems if users else []
     for problem in problems:
@@ -3101,7 +3083,11 @@ def state_path(options: argparse.Namespace, root: bool) -> pathlib.Path | None:
     """Where the state file lies, None for nowhere."""
     if options.state:
         return None if options.state == "off" else pathlib.Path(options.state)
-    return default_state(options.users, os.environ, root)
+    users = options.users if is_url(options.users) else str(pathlib.Path(options.users).absolute())
+    name = users.strip("/").replace("/", "-") + ".db"
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    folder = "/var/lib/fingerd" if root else f"{home}/fingerd"
+    return pathlib.Path(os.environ.get("STATE_DIRECTORY", "").split(":")[0] or folder, name)
 
 
 def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.socket]) -> Policy:
@@ -3118,7 +3104,7 @@ def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.sock
 
 
 class Services(NamedTuple):
-    """All that runs; made with its sockets bound, privileges dropped and the users file read."""
+    """All that runs."""
 
     store: StatusStore
     reloader: Reloader
@@ -3127,23 +3113,23 @@ class Services(NamedTuple):
 
 
 def build_services(options: argparse.Namespace) -> Services:
-    """Everything, ready to be started; StartError or NotKept where that cannot be."""
-    run_as = "1:1" if options.run_as is None else options.run_as
-    identity = find_identity(run_as) if os.geteuid() == 0 else None
-    if options.run_as is not None and not identity:
+    """Everything, ready to be started; StartError or NotKept where that cannot be.
+
+    The order matters: ports and the state file need privileges, and once these are dropped, the
+    users file is read as it will be read later.
+    """
+    identity = find_identity(options.run_as or "1:1") if os.geteuid() == 0 else None
+    if options.run_as and not identity:
         raise StartError("--run-as: only root can become somebody else")
     listeners, irc = bind(options), irc_options(options)
     policy = make_policy(options, listeners)
     path = state_path(options, bool(identity))
-    state = StateFile(path) if options.state and path else None
-    if path and not options.state:
-        state = open_default_state(path, identity)
-    store = StatusStore(state)
+    store = StatusStore(open_state(path, not options.state, identity) if path else None)
     bot = IrcBot(irc, store) if irc else None
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
-        import_what_is_lazy(looks_up_hosts=bool(bot) or is_url(options.users))
-        drop_privileges(identity)
+        import_what_is_lazy()
+        drop_privileges(*identity)
     try:
         reloader.load()
     except UsersError as problem:
@@ -3153,9 +3139,7 @@ def build_services(options: argparse.Namespace) -> Services:
     if "finger" in listeners:
         servers.append(FingerServer(listeners["finger"], store, policy))
     if "setter" in listeners:
-        # Another server is not asked again for each message: it may not even be there.
-        refresh = reloader.refresh if not is_url(options.users) else lambda: None
-        servers.append(SetterServer(listeners["setter"], store, refresh))
+        servers.append(SetterServer(listeners["setter"], store, reloader.refresh))
     if "web" in listeners:
         servers.append(WebServer(listeners["web"], store, policy))
     return Services(store, reloader, servers, bot)
@@ -3173,7 +3157,7 @@ def start(services: Services) -> None:
 
 
 def stop(services: Services) -> None:
-    """End everything, side by side, and then the store."""
+    """End everything else at the same time, and then the store."""
     notify("STOPPING=1")
     services.reloader.cancel()
     deadline = time.monotonic() + STOP_SECONDS
@@ -3202,9 +3186,10 @@ def wait_for_the_end(services: Services) -> None:
 
 
 def end_after_the_script(services: Services, trim: Callable[[int], object]) -> None:
-    """Give back what the syntax tree of this file was in, 6 MiB of 28; then wait for the end.
+    """Give the memory of this file's syntax tree back, 6 MiB of 28; then wait for the end.
 
-    Python keeps the tree until the script, and so the main thread, has come to its end.
+    Python keeps the tree until the script is at its end, and with it the main thread. This runs
+    in another thread, which the interpreter then waits for.
     """
     threading.main_thread().join()
     trim(0)
@@ -3219,9 +3204,12 @@ def raise_descriptor_limit() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the service, or let a thread do so, for which the interpreter waits; the exit status."""
+    """Do what the command line says, and return the exit status.
+
+    With `trim`, it returns while the service runs: see end_after_the_script.
+    """
     options = parse_args(arguments)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it can wait until we are ready
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it would end us; it can wait
     try:
         if options.check:
             return check(find_source(options, None))
@@ -3232,7 +3220,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (StartError, UsersError, NotKept) as problem:
         print(f"fingerd: {problem}", file=sys.stderr)
         return 1
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads: one waits for them
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads, for sigwait
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM's is
     start(services)
     if trim:
