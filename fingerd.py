@@ -894,7 +894,7 @@ class Snapshot(NamedTuple):
         return len(self.names) + len(self.others)
 
     def with_others(self) -> Snapshot:
-        """The same after `file` or `messages` changed: with `others` as they are by them."""
+        """The snapshot with its `others` as its `file` and its `messages` make them."""
         others = [user for user in self.messages if not self.file.get(user) and self.text(user)]
         return self._replace(others=sorted(others))
 
@@ -1037,7 +1037,7 @@ class StatusStore:
             order.problem = ""
 
     def _publish(self, new: Snapshot, when: float, users: Iterable[str]) -> None:
-        """Make `new` what is visible; `users` are those who may have another text by it."""
+        """Make `new` what is visible; `users` are all whose text may be another one."""
         old, version = self._now, self._now.version + 1
         for user in users:
             text = new.text(user)
@@ -1758,7 +1758,7 @@ class Crowd:
 
     When it is nearly full, the next one takes the place of a peer that keeps us waiting: the
     oldest of the network that holds most, so that honest clients, who are done in milliseconds,
-    always get in. An eighth of the places is for those whose threads are still on their way out.
+    always get in. Nearly full is at seven eighths: dismissed peers' threads still count a while.
     A peer that is being answered is never dismissed, but where nobody else can be, one that has
     taken more than SEND_SECONDS to take its answer.
     """
@@ -1767,7 +1767,7 @@ class Crowd:
         self._ceiling, self._patience = ceiling, patience
         self._lock = threading.Condition()
         self._peers: dict[Peer, None] = {}  # the oldest in front, the dismissed left out
-        self._threads = 0  # theirs, those of the dismissed too
+        self._threads = 0  # that serve them, or a dismissed peer that they have not left yet
         self._closed = False
 
     def enter(self, peer: Peer) -> None:
@@ -1861,7 +1861,7 @@ class Peer:
 
     in_place = True
     crowd: Crowd | None = None  # where it is a member, since it could not be answered at once
-    network = b""  # known by then
+    network = b""  # whom it counts with in the crowd: its IPv4 address, or half of its IPv6 one
     data = rest = b""  # what came and is not used up; what is still to be sent
     ended = closing = waiting = False
     slow_at = math.inf  # from then on it is slow to take an answer
@@ -1977,14 +1977,14 @@ class Server(socketserver.ThreadingTCPServer):
     face = ""
     seconds, ceiling = 0.0, 0
     patience = 0.05  # seconds for which accepting may wait for a thread to end
-    accept_waits = sys.platform == "linux"  # where a time limit is: 2 µs less than with a poll
+    accept_waits = sys.platform == "linux"  # which limits the wait: 2 µs less than with a poll
     handler = socketserver.BaseRequestHandler
 
     def __init__(self, listening: socket.socket) -> None:
         super().__init__(listening.getsockname(), self.handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
-        self.address_family = int(listening.family)  # as an enum it is slow
+        self.address_family = int(listening.family)  # an enum would be slower in get_request
         listening.setblocking(False)
         if self.accept_waits:
             limit_wait(listening, ACCEPT_SECONDS)
@@ -1994,7 +1994,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.ready.register(listening, selectors.EVENT_READ)
         self.crowd = Crowd(self.ceiling, self.patience)
         self.next_look = 0.0
-        self.accepting = True  # as far as was logged
+        self.accepting = True  # False from when a failure is logged until all is well again
 
     def fileno(self) -> int:
         """What serve_forever waits for: one descriptor for the listener and all who rest."""
@@ -2003,7 +2003,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _handle_request_noblock(self) -> None:
         """What serve_forever does when that is readable."""
         for key, _ in self.ready.select(0):
-            if key.data:
+            if key.data:  # a peer; the listener has none
                 self.serve(key.data)
             else:
                 self.accept_all()
@@ -2061,7 +2061,7 @@ class Server(socketserver.ThreadingTCPServer):
             if request.crowd:
                 self.crowd.came(request)
             self.finish_request(request, client_address)
-            if request.crowd and not request.ended:  # who kept us waiting may send still more
+            if request.crowd and not request.ended:  # who kept us waiting may send more: drain it
                 raise TakesLong
         except NotYet:
             self.rest(request)
@@ -2150,7 +2150,7 @@ class FingerServer(Server):
         query = request.read(parse_finger)
         if query.user:
             answer = self.answer(query, request)
-        else:  # everybody, which is long, or too long a query, which goes on
+        else:  # the listing, which is long; or a query that is too long, and may still go on
             request.be_patient()
             with long_work:
                 answer = self.answer(query, request)
@@ -2168,10 +2168,13 @@ class FingerServer(Server):
 
 
 class SetterServer(Server):
-    """Lets whoever can reach it set a user's message; `refresh` looks at the users file first."""
+    """Lets whoever can reach it set a user's message, after `refresh` of the users file.
+
+    So an edit that was made before the message is seen before it, and not taken for a later one.
+    """
 
     face, seconds, ceiling = "setter", SETTER_SECONDS, SETTER_CEILING
-    patience = 1.0  # all may be busy with the disk, and nobody is answered in place here
+    patience = 1.0  # all threads may wait for the disk, and nobody is answered in place here
 
     def __init__(
         self, listening: socket.socket, store: StatusStore, refresh: Callable[[], None]
@@ -2211,7 +2214,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     server: WebServer
 
     def setup(self) -> None:
-        """Nothing to prepare, nor to flush at the end."""
+        """Nothing, where the library makes files of the connection."""
 
     finish = setup
 
@@ -2220,7 +2223,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         peer: Peer = self.request
         while self.exchange(peer):
             if peer.data:
-                peer.be_patient()  # more requests in one go are more work
+                peer.be_patient()  # there are more requests, which are more work
             elif peer.in_place:
                 raise NotYet
 
@@ -2242,7 +2245,10 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return head.keep
 
     def read_body(self, peer: Peer, head: HttpHead) -> bytes:
-        """The request's body, asked for if the client waits for that; OSError if it breaks off."""
+        """The request's body; a client that waits for a 100 (Continue) is sent one first.
+
+        Raises ConnectionAbortedError if the body breaks off.
+        """
         size = head.size + head.length
         if len(peer.data) < size and "expect" in head.headers and head.http_1_1:
             peer.send([b"HTTP/1.1 100 Continue\r\n\r\n"], last=False)
@@ -2266,7 +2272,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return page
 
     def do_GET(self, head: HttpHead, _body: bytes) -> Page:
-        """The page that was asked for; a long list is made by one thread for all."""
+        """The page that was asked for; the list of everybody is made by one thread at a time."""
         if head.path != "/":
             return self.server.answers.page(head)
         with self.server.making, long_work:
@@ -2277,7 +2283,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self, head: HttpHead, body: bytes) -> Page:
         """The answer to an XML-RPC call; some clients post it to /."""
         if head.path not in ("/", "/RPC2"):
-            return self.do_OPTIONS(head, body)
+            return self.refuse(head, body)
         if "content-encoding" in head.headers:
             return error_page(415)
         try:
@@ -2288,13 +2294,13 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
             answer = xmlrpc.client.dumps(xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR))
         return make_page(200, "text/xml", [answer])
 
-    def do_OPTIONS(self, head: HttpHead, _body: bytes) -> Page:
-        """What else can be done here."""
+    def refuse(self, head: HttpHead, _body: bytes) -> Page:
+        """The page that says which methods can be used here instead."""
         page = error_page(405)
         page.headers["Allow"] = "GET, HEAD" + (", POST" if head.path in ("/", "/RPC2") else "")
         return page
 
-    do_PUT = do_DELETE = do_PATCH = do_TRACE = do_CONNECT = do_OPTIONS
+    do_OPTIONS = do_PUT = do_DELETE = do_PATCH = do_TRACE = do_CONNECT = refuse
 
 
 class WebServer(Server):
@@ -2306,7 +2312,7 @@ class WebServer(Server):
     def __init__(self, listening: socket.socket, store: StatusStore, policy: Policy) -> None:
         super().__init__(listening)
         self.answers, self.rpc = WebAnswers(store, policy), RpcAnswers(store, policy)
-        self.making = threading.Lock()  # a long list
+        self.making = threading.Lock()  # held while the list of everybody is made
 
 
 # ---- the users file ----------------------------------------------------------------------------
@@ -3174,7 +3180,7 @@ def stop(services: Services) -> None:
     log.info("stopped")
 
 
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # what the main thread waits for
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
 
 
 def wait_for_the_end(services: Services) -> None:
@@ -3220,7 +3226,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (StartError, UsersError, NotKept) as problem:
         print(f"fingerd: {problem}", file=sys.stderr)
         return 1
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in all threads, for sigwait
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which threads inherit
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM's is
     start(services)
     if trim:
