@@ -603,11 +603,21 @@ def user_url(base: str, user: str) -> str:
 PARSE_ERROR, INVALID_REQUEST, NO_METHOD = -32700, -32600, -32601  # the codes of "Specification for
 INVALID_PARAMS, FAULT_INSIDE = -32602, -32603  # Fault Code Interoperability" (Dan Libby, 2001)
 DENIED = -32500
+XML_ENCODINGS = "utf-?(8|16)([bl]e)?|us-ascii|iso-8859-1?[0-9]|windows-125[0-9]|koi8-[ru]"
 
 
 def _refuse_doctype(*_declaration: object) -> None:
     """Ends the parse: entities, which can expand without bounds, need a DOCTYPE."""
     raise ValueError("a DOCTYPE is not accepted")
+
+
+def _refuse_encoding(_version: str, encoding: str | None, _standalone: int) -> None:
+    """Ends the parse of what is declared to be anything odd: Python remembers every name it tried.
+
+    So a stranger could fill the memory, 60 kB at a time.
+    """
+    if encoding and not re.fullmatch(XML_ENCODINGS, encoding, re.ASCII | re.IGNORECASE):
+        raise ValueError("an unknown encoding")
 
 
 def parse_rpc_call(body: bytes) -> tuple[str, tuple[Any, ...]] | xmlrpc.client.Fault:
@@ -617,6 +627,7 @@ def parse_rpc_call(body: bytes) -> tuple[str, tuple[Any, ...]] | xmlrpc.client.F
     parser.StartElementHandler, parser.EndElementHandler = target.start, target.end
     parser.CharacterDataHandler = target.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
+    parser.XmlDeclHandler = _refuse_encoding
     try:
         target.xml(None, None)  # type: ignore[arg-type]  # it is given text, not bytes
         parser.Parse(body, True)

@@ -33,6 +33,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dis
+import encodings
 import fcntl
 import hashlib
 import html.parser
@@ -877,6 +878,17 @@ class CodecsTest(Case):
             ]
         )  # fmt: skip
         self.assertLessEqual(fingerd.weigh("text/html;q=1.9", "text/html"), 1)
+
+    def test_encodings_that_a_stranger_makes_up_are_not_remembered(self) -> None:
+        for name, code in (("KOI8-R", None), ("martian", fingerd.PARSE_ERROR)):
+            body = CALL.replace(b"?>", f" encoding='{name}'?>".encode(), 1)
+            got = fingerd.parse_rpc_call(body)
+            self.assertEqual(getattr(got, "faultCode", None), code, name)
+        known = len(vars(encodings)["_cache"])
+        for n in range(50):
+            body = CALL.replace(b"?>", f" encoding='utf{n}-{'x' * 9_000}'?>".encode(), 1)
+            self.assertIsInstance(fingerd.parse_rpc_call(body), xmlrpc.client.Fault)
+        self.assertEqual(len(vars(encodings)["_cache"]), known)
 
     def test_a_path_names_a_user(self) -> None:
         self.table(
