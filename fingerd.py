@@ -1401,11 +1401,13 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def _one_of_many(self, call: Any) -> Any:
         try:
-            if not isinstance(call, dict) or not isinstance(call.get("params"), list):
+            call = call if isinstance(call, dict) else {}
+            name, params = call.get("methodName"), call.get("params")
+            if not (isinstance(name, str) and isinstance(params, list)):
                 raise xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
-            if call.get("methodName") in ("system.multicall", "listUsers"):
+            if name in ("system.multicall", "listUsers"):
                 raise xmlrpc.client.Fault(INVALID_REQUEST, "not inside a multicall")
-            return [self._dispatch(str(call.get("methodName")), call["params"])]
+            return [self._dispatch(name, params)]
         except xmlrpc.client.Fault as fault:
             return {"faultCode": fault.faultCode, "faultString": fault.faultString}
 

@@ -1771,6 +1771,11 @@ class XmlRpcTest(SharedCase):
             {"methodName": "getUser", "params": "shawn"}, {"methodName": "getUser", "params": []},
             {"methodName": 5, "params": []}, {"params": []}, {}, "getUser", 5
         ]  # fmt: skip
+        deep = "<array>" * 3_900 + "</array>" * 3_900  # so that even its repr would recurse
+        body = xmlrpc.client.dumps(([{"methodName": "deep", "params": []}],), "system.multicall")
+        body = body.replace("<string>deep</string>", deep)
+        self.assertIn(f"<int>{fingerd.INVALID_REQUEST}</int>", self.service.rpc(body.encode()))
+        self.assertNotIn("Traceback", "".join(self.service.log))
         *faults, good = proxy.system.multicall([*bad, call])
         self.assertEqual(good, ["alive"])
         for fault in faults:
