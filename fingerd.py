@@ -112,6 +112,7 @@ MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
+MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take 90 ms
 MAX_BODY = 65_536  # bytes of a request body
 MAX_PAGE_USERS = 1_000  # users on the web page
 MAX_FEED = 50  # entries of a feed
@@ -477,7 +478,7 @@ def path_user(path: str) -> str:
 def weigh(accept: str, media_type: str) -> float:
     """How much an Accept header wants `media_type`, 0 to 1; the most specific range counts."""
     weights: dict[str, float] = {}
-    for part in accept.lower().split(","):
+    for part in accept.lower().split(",", MAX_RANGES)[:MAX_RANGES]:
         media_range, *parameters = [word.strip() for word in part.split(";")]
         weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
         if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight):

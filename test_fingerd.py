@@ -878,6 +878,9 @@ class CodecsTest(Case):
             ]
         )  # fmt: skip
         self.assertLessEqual(fingerd.weigh("text/html;q=1.9", "text/html"), 1)
+        many = "image/*," * fingerd.MAX_RANGES  # the accepting thread has no time for more
+        self.assertEqual(fingerd.weigh(many[8:] + "text/html", "text/html"), 1)
+        self.assertEqual(fingerd.weigh(many + "text/html", "text/html"), 0)
 
     def test_encodings_that_a_stranger_makes_up_are_not_remembered(self) -> None:
         for name, code in (("KOI8-R", None), ("martian", fingerd.PARSE_ERROR)):
