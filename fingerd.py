@@ -1782,6 +1782,7 @@ class Crowd:
         self._lock = threading.Condition()
         self._peers: dict[Peer, None] = {}  # the oldest in front, the dismissed left out
         self._threads = 0  # that serve them, or a dismissed peer that they have not left yet
+        self._patient_from = 0.0  # (time.monotonic()), after a wait that was in vain
         self._closed = False
 
     def enter(self, peer: Peer) -> None:
@@ -1789,17 +1790,26 @@ class Crowd:
         with self._lock:
             if len(self._peers) >= self._ceiling - self._ceiling // 8:
                 self._make_room()
-            room = self._lock.wait_for(lambda: len(self._peers) < self._ceiling, self._patience)
-            if self._closed or not room:
+            self._wait(lambda: len(self._peers) < self._ceiling)
+            if self._closed:
                 raise Dismissed
             self._peers[peer] = None
 
     def employ(self) -> None:
         """Count one more thread; raises Dismissed if it must not be within `patience` seconds."""
         with self._lock:
-            if not self._lock.wait_for(lambda: self._threads < self._ceiling, self._patience):
-                raise Dismissed
+            self._wait(lambda: self._threads < self._ceiling)
             self._threads += 1
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Wait until it holds; raises Dismissed where that is in vain, and soon afterwards at once.
+
+        Otherwise those who never take their answers could let everybody wait, again and again.
+        """
+        patience = self._patience if time.monotonic() >= self._patient_from else 0.0
+        if not self._lock.wait_for(condition, patience):
+            self._patient_from = time.monotonic() + LOOK_SECONDS
+            raise Dismissed
 
     def leave(self, peer: Peer) -> None:
         """We are done with `peer`, and so is its thread if it has one."""

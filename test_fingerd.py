@@ -3341,6 +3341,18 @@ class HostileTest(Case):
         self.assertEqual(read_all(setting), b"OK\r\n")
         self.assertEqual(read_all(reader).count(b"\r\n"), len(CROWDED))
 
+    def test_who_is_in_vain_waited_for_holds_nobody_up_again(self) -> None:
+        self.patch(MAX_LISTING=20_000_000)
+        store, policy = make_store({**CROWDED, "moshez": "Happy and well"}), fingerd.Policy()
+        server = self.server(fingerd.FingerServer, store, policy, ceiling=4, patience=0.3)
+        for _ in range(4):
+            self.keep(slow_reader(server.port, b"\r\n"))
+        for _ in range(10):
+            self.keep(connect(server.port, b"half"))
+        start = time.monotonic()
+        self.assertEqual(ask(server.port, b"moshez\r\n"), HAPPY)
+        self.assertLess(time.monotonic() - start, 1.0)
+
     def test_slow_reader_is_bounded_in_time(self) -> None:
         self.patch(SEND_SECONDS=0.2, SLOWEST_READER=1e9, MAX_LISTING=20_000_000)
         server = self.server(fingerd.FingerServer, make_store(CROWDED), fingerd.Policy())
