@@ -1138,7 +1138,12 @@ class Page(NamedTuple):
 def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
     """The page of `texts`, which became what it is at `since`."""
     texts = iter(texts)
-    pieces = list(iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b""))
+    blocks = iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b"")
+    pieces = [  # small ones, for each who is slow to take them holds a copy of the first
+        block[start : start + BLOCK_BYTES]
+        for block in blocks
+        for start in range(0, len(block), BLOCK_BYTES)
+    ]
     headers = {
         "Cache-Control": "no-cache",
         "Vary": "Accept",
@@ -1909,6 +1914,8 @@ class Peer:
         self.in_place = False
         self.sock.setblocking(True)  # the crowd ends what takes too long,
         limit_wait(self.sock, 0)  # and not the limit that it has from its listener
+        # Or the last piece of a long answer may wait for 40 ms, for the client to confirm others.
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def be_patient(self) -> None:
         """Go on only in a thread that has time: what follows may take some."""

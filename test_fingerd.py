@@ -3341,6 +3341,15 @@ class HostileTest(Case):
         self.assertEqual(read_all(setting), b"OK\r\n")
         self.assertEqual(read_all(reader).count(b"\r\n"), len(CROWDED))
 
+    def test_slow_readers_of_a_long_page_share_it(self) -> None:
+        service = self.launch("".join(f"user{n}: {n:0800}\n" for n in range(1_000)))
+        before = service.resident()
+        for _ in range(60):
+            self.keep(slow_reader(service.port("web"), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 8))
+        until(lambda: service.threads() > 60)
+        time.sleep(0.5)  # to measure, not to be in time
+        self.assertLess(service.resident() - before, 25_000_000)
+
     def test_who_is_in_vain_waited_for_holds_nobody_up_again(self) -> None:
         self.patch(MAX_LISTING=20_000_000)
         store, policy = make_store({**CROWDED, "moshez": "Happy and well"}), fingerd.Policy()
