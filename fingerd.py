@@ -129,6 +129,7 @@ MAX_MESSAGES = 100_000  # users with a message of their own
 MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
 FETCH_SECONDS = 10.0  # to get a users file from another server
+LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
 GATHER_SECONDS = 0.005  # that a message waits for others, to share their commit,
 BUSY_SECONDS = 1.0  # within this time after a commit was shared
 
@@ -806,7 +807,7 @@ class StateFile:
                 opened.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._db = sqlite3.connect(
-                    str(path), timeout=2.0, isolation_level=None, check_same_thread=False
+                    str(path), timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
                 )
                 opened.callback(self._db.close)
                 self._prepare()

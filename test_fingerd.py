@@ -3763,6 +3763,18 @@ class StopTest(Case):
         self.assertEqual(read_all(sock).count(b"x" * 1_000 + b"\n"), len(CROWDED))
         self.assertEqual(service.end(), 0)
 
+    def test_a_locked_state_file_does_not_hold_up_the_end(self) -> None:
+        service = self.launch()
+        db = self.keep(sqlite3.connect(service.state, isolation_level=None))
+        db.execute("BEGIN IMMEDIATE")
+        port = service.port("setter")
+        for n in range(100):
+            self.keep(connect(port, f"user{n}\nx\n".encode()))
+        until(lambda: service.threads() > 60)
+        start = time.monotonic()
+        self.assertEqual(service.stop(), 0)
+        self.assertLess(time.monotonic() - start, 3.0)
+
     def test_second_signal_stops_at_once(self) -> None:
         service, _ = self.stopping()
         service.signal(signal.SIGTERM)
