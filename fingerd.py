@@ -1838,6 +1838,11 @@ class Crowd:
                 raise Dismissed
             peer.waiting = False
 
+    def lose_one(self) -> None:
+        """Dismiss the peer that would have to make room."""
+        with self._lock:
+            self._make_room()
+
     def expire(self, now: float) -> None:
         """Dismiss all whose time was up at `now` (time.monotonic())."""
         with self._lock:
@@ -2073,6 +2078,7 @@ class Server(socketserver.ThreadingTCPServer):
                 if self.accepting:
                     log.error("%s: cannot accept: %s", self.face, problem)
                 self.accepting = False
+                self.crowd.lose_one()  # who has one, and keeps us waiting
                 time.sleep(PAUSE_SECONDS)
                 return False
             self.serve(peer)
