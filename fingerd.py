@@ -116,7 +116,8 @@ MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take
 MAX_BODY = 65_536  # bytes of a request body
 MAX_PAGE_USERS = 1_000  # users on the web page
 MAX_FEED = 50  # entries of a feed
-MAX_PAGES = 1_000  # web pages that are remembered
+MAX_PAGES = 1_000  # web pages that are remembered, and answers to XML-RPC calls
+MAX_REMEMBERED_CALL = 512  # bytes of one, so that a few of them hold no more than a page
 MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 
@@ -1219,12 +1220,12 @@ class WebAnswers:
         self._base = html.escape(policy.public_url or "/")  # everybody's page
         self._made: tuple[int, dict[object, Any]] = (0, {})  # by the store's version
 
-    def _once(self, now: Snapshot, key: object, make: Callable[[], T]) -> T:
-        """What `make` makes, remembered under `key` until the store changes."""
-        version, made = self._made
-        if version != now.version:
+    def once(self, version: int, key: object, make: Callable[[], T]) -> T:
+        """What `make` makes of this version of the store, remembered under `key` until another."""
+        made_of, made = self._made
+        if made_of != version:
             made = {}
-            self._made = now.version, made
+            self._made = version, made
         value: T | None = made.get(key)
         if value is None:
             value = make()
@@ -1241,7 +1242,7 @@ class WebAnswers:
         now, base = self._store.snapshot(), self._base
         if name != "atom" or self._policy.public_url:
             key = name, head.path
-            return self._once(now, key, lambda: self._make(now, name, head.path, base))
+            return self.once(now.version, key, lambda: self._make(now, name, head.path, base))
         host = head.headers.get("host") or self._policy.finger_host
         page = self._make(now, name, head.path, f"http://{html.escape(host)}/")
         page.headers["Cache-Control"] = "private, no-cache"  # for its links, which are absolute
@@ -1275,7 +1276,7 @@ class WebAnswers:
         if self._policy.private and name != "html":
             return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
         if name == "atom":
-            return self._feed(now, base, "", self._once(now, "newest", lambda: newest(now)))
+            return self._feed(now, base, "", self.once(now.version, "newest", lambda: newest(now)))
         if name == "html":
             texts: Iterable[str] = [list_html(now, base, self._policy)]
         elif name == "text":
@@ -1631,7 +1632,7 @@ class IrcSession:
         self.registered = self.now
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
-        self.report(f"IRC: registered as {clean(self.nick)}")
+        self.report(f"registered as {clean(self.nick)}")
         if self.options.channels:
             self.send("JOIN", ",".join(self.options.channels))
 
@@ -1657,18 +1658,18 @@ class IrcSession:
     def on_JOIN(self, line: IrcLine) -> None:
         if self.is_me(line.nick) and self.is_ours(line.param(0)):
             self.joined.add(self.fold(line.param(0)))
-            self.report(f"IRC: joined {clean(line.param(0))}")
+            self.report(f"joined {clean(line.param(0))}")
 
     def on_471(self, line: IrcLine) -> None:
         if self.is_ours(line.param(1)):
-            self.report(f"IRC: cannot join: {self.quote(line)}")
+            self.report(f"cannot join: {self.quote(line)}")
 
     on_403 = on_405 = on_473 = on_474 = on_475 = on_476 = on_477 = on_489 = on_471
 
     def on_KICK(self, line: IrcLine) -> None:
         if self.is_me(line.param(1)):
             self.joined.discard(self.fold(line.param(0)))
-            self.report(f"IRC: kicked: {self.quote(line)}")
+            self.report(f"kicked: {self.quote(line)}")
 
     def on_PRIVMSG(self, line: IrcLine) -> None:
         """Answer a person who speaks to us, or in a channel that we have joined."""
@@ -1801,7 +1802,7 @@ class Crowd:
                 raise Dismissed
             self._peers[peer] = None
 
-    def employ(self) -> None:
+    def add_thread(self) -> None:
         """Count one more thread; raises Dismissed if it must not be within `patience` seconds."""
         with self._lock:
             self._wait(lambda: self._threads < self._ceiling)
@@ -1897,7 +1898,7 @@ class Peer:
     in_place = True
     crowd: Crowd | None = None  # where it is a member, since it could not be answered at once
     network = b""  # whom it counts with in the crowd: its IPv4 address, or half of its IPv6 one
-    data = rest = b""  # what came and is not used up; what is still to be sent
+    data = unsent = b""  # what came and is not used up; what is still to be sent
     ended = closing = waiting = False
     slow_at = math.inf  # from then on it is slow to take an answer
 
@@ -1963,12 +1964,12 @@ class Peer:
         """Send an answer; after the `last` one the connection ends."""
         self.closing = last
         if self.in_place:
-            self.rest = b"".join(pieces)
+            self.unsent = b"".join(pieces)
             try:
-                self.rest = self.rest[self.sock.send(self.rest, socket.MSG_DONTWAIT) :]
+                self.unsent = self.unsent[self.sock.send(self.unsent, socket.MSG_DONTWAIT) :]
             except BlockingIOError:  # it has not even taken the last answers
                 raise TakesLong from None
-            if self.rest:
+            if self.unsent:
                 raise TakesLong
             return
         self.allow(SEND_SECONDS + sum(map(len, pieces)) / SLOWEST_READER)
@@ -2099,14 +2100,15 @@ class Server(socketserver.ThreadingTCPServer):
             if request.crowd:
                 self.crowd.came(request)
             self.finish_request(request, client_address)
-            if request.crowd and not request.ended:  # who kept us waiting may send more: drain it
-                raise TakesLong
         except NotYet:
             self.rest(request)
         except TakesLong:
             self.hand_over(request)
         else:
-            self.part(request)
+            if request.crowd and not request.ended:  # who kept us waiting may send more: drain it
+                self.hand_over(request)
+            else:
+                self.part(request)
 
     def rest(self, peer: Peer) -> None:
         """Wait, without a thread, for what `peer` has still to send."""
@@ -2122,7 +2124,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.ready.unregister(peer.sock)
         else:
             peer.join(self.crowd)
-        self.crowd.employ()
+        self.crowd.add_thread()
         peer.take_thread()
         super().process_request(peer, peer.address)  # type: ignore[arg-type]  # it is no socket
 
@@ -2137,8 +2139,8 @@ class Server(socketserver.ThreadingTCPServer):
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Send what is left of an answer that was begun in place, then go on in this thread."""
         try:
-            if request.rest:
-                request.send([request.rest], request.closing)
+            if request.unsent:
+                request.send([request.unsent], request.closing)
             if not request.closing:
                 self.finish_request(request, client_address)
         except Exception:
@@ -2326,11 +2328,11 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
             return error_page(415)
         try:
             with long_work:
-                answer = self.server.rpc._marshaled_dispatch(body)
+                return self.server.rpc_page(body)
         except Exception:
             log.exception("web: %s", INTERNAL_ERROR)
-            answer = xmlrpc.client.dumps(xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR))
-        return make_page(200, "text/xml", [answer])
+            fault = xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR)
+            return make_page(200, "text/xml", [xmlrpc.client.dumps(fault)])
 
     def refuse(self, head: HttpHead, _body: bytes) -> Page:
         """The page that says which methods can be used here instead."""
@@ -2349,8 +2351,19 @@ class WebServer(Server):
 
     def __init__(self, listening: socket.socket, store: StatusStore, policy: Policy) -> None:
         super().__init__(listening)
+        self.store = store
         self.answers, self.rpc = WebAnswers(store, policy), RpcAnswers(store, policy)
         self.making = threading.Lock()  # held while the list of everybody is made
+
+    def rpc_page(self, body: bytes) -> Page:
+        """The answer to an XML-RPC request; to the same short one the same, as with pages."""
+
+        def make() -> Page:
+            return make_page(200, "text/xml", [self.rpc._marshaled_dispatch(body)])
+
+        if len(body) > MAX_REMEMBERED_CALL:
+            return make()
+        return self.answers.once(self.store.version, body, make)
 
 
 # ---- the users file ----------------------------------------------------------------------------
@@ -2695,10 +2708,11 @@ class IrcBot(threading.Thread):
 
     def run(self) -> None:
         """Connect again and again; failures count until a connection has lasted."""
+        report = functools.partial(log.info, "IRC: %s")
         failures, delay = 0, 0.0
         while not self.stopping.wait(delay):
             tail = os.urandom(2).hex()
-            session = IrcSession(self.options, self.store, tail, log.info)
+            session = IrcSession(self.options, self.store, tail, report)
             problem = self.attempt(session)
             if session.settled(time.monotonic()):
                 failures = 0
@@ -2761,16 +2775,16 @@ class IrcBot(threading.Thread):
 
 
 class FloodFilter(logging.Filter):
-    """Keeps strangers from filling the disk: only so many complaints of a kind are written."""
+    """Keeps strangers from filling the disk: only so many lines of a kind are written."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: dict[str, int] = {}  # of complaints with the same words, but for figures
+        self._counts: dict[str, int] = {}  # of lines with the same words, but for figures and names
         self._ends = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to write the line; the last one that is written says so."""
-        if record.levelno < logging.WARNING:
+        if record.levelno < logging.INFO:
             return True
         if record.created >= self._ends:
             self._counts, self._ends = {}, record.created + FLOOD_SECONDS
