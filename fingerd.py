@@ -2391,14 +2391,11 @@ def blocking_path(path: pathlib.Path) -> str:
 
 
 def read_users(
-    read: Callable[[int], bytes],
-    known: Mapping[str, str],
-    expected: int = 0,
-    deadline: float = math.inf,
+    read: Callable[[int], bytes], known: Mapping[str, str], expected: int = 0
 ) -> UsersFile:
     """The users file whose next bytes `read` returns at each call, none at its end.
 
-    Raises UsersError where it is too large, ends before `expected` bytes, or comes too late.
+    Raises UsersError where it is too large, or ends before `expected` bytes.
     """
     size = 0
 
@@ -2408,8 +2405,6 @@ def read_users(
             size += len(block)
             if size > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
-            if time.monotonic() > deadline:
-                raise UsersError("takes too long")
             yield block
         if size < expected:
             raise UsersError(f"broke off after {size} bytes")
@@ -2466,6 +2461,26 @@ class FileSource:
         return users._replace(modified=max(0.0, min(found.st_mtime, time.time())))
 
 
+def in_time(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns or raises; TimeoutError where that takes longer: it is left behind."""
+    outcome: list[T | Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as problem:
+            outcome.append(problem)
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if not outcome:
+        raise TimeoutError("takes too long")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
 class UrlSource:
     """A users file on a web server, as a rule another fingerd's list.
 
@@ -2498,16 +2513,9 @@ class UrlSource:
     def _fetch(self, known: Mapping[str, str]) -> UsersFile | None:
         """As `read`, but from the other server alone; raises whatever urllib does, too."""
         import email.utils
-        import urllib.request
 
-        deadline = time.monotonic() + FETCH_SECONDS
-        headers = {"User-Agent": f"fingerd/{__version__}", **self._conditions}
-        request = urllib.request.Request(self._url, headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as response:
-                told = response.headers
-                expected = int(told.get("Content-Length", 0))
-                users = read_users(response.read1, known, expected, deadline)
+            users, told = in_time(FETCH_SECONDS, lambda: self._get(known))
         except OSError as problem:
             if getattr(problem, "code", 0) == http.HTTPStatus.NOT_MODIFIED:
                 return None
@@ -2520,6 +2528,16 @@ class UrlSource:
         validators = {"If-None-Match": told["ETag"], "If-Modified-Since": told["Last-Modified"]}
         self._conditions = {name: value for name, value in validators.items() if value}
         return users._replace(modified=when)
+
+    def _get(self, known: Mapping[str, str]) -> tuple[UsersFile, Any]:
+        """What the other server says, and the headers in front of it."""
+        import urllib.request
+
+        headers = {"User-Agent": f"fingerd/{__version__}", **self._conditions}
+        request = urllib.request.Request(self._url, headers=headers)
+        with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as response:
+            expected = int(response.headers.get("Content-Length", 0))
+            return read_users(response.read1, known, expected), response.headers
 
     def _keep(self, texts: Mapping[str, str], modified: float) -> None:
         """Replace the copy, if one is kept, by `texts`; where that fails, the old one stays."""

@@ -3942,6 +3942,25 @@ class ReplicasTest(Case):
                 source.read({})
             thread.join()
 
+    def test_an_answer_that_trickles_is_not_waited_for(self) -> None:
+        over = threading.Event()
+
+        def serve() -> None:
+            with listener.accept()[0] as sock, contextlib.suppress(ConnectionError):
+                sock.sendall(b"HTTP/1.0 200 OK\r\n")
+                while not over.wait(0.05):  # each recv of the client's is in time
+                    sock.sendall(b"X: y\r\n")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=serve)
+            thread.start()
+            source = fingerd.UrlSource(f"http://127.0.0.1:{listener.getsockname()[1]}/", None)
+            self.patch(FETCH_SECONDS=0.5)
+            with self.assertRaisesRegex(fingerd.UsersError, "takes too long"):
+                source.read({})
+            over.set()
+            thread.join()
+
     @needs("haproxy")
     def test_behind_haproxy_nobody_notices_that_one_is_killed(self) -> None:
         first = self.first()
