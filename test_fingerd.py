@@ -3511,7 +3511,7 @@ class HostileTest(Case):
                 list(pool.map(peer, numbers))
                 until(lambda: census() == rest, "threads and descriptors")
                 resident.append(service.resident())
-        self.assertLess(resident[1] - resident[0], 6_000_000)
+        self.assertLess(resident[1] - resident[0], 12_000_000)  # what is remembered: 1,000 pages
         self.assertEqual(service.complaints(), [])
 
 
