@@ -78,7 +78,7 @@ class _StandIn(types.ModuleType):
 def _import_servers() -> None:
     """Import http.server and xmlrpc without what they import for clients, files and help pages.
 
-    That is 25 ms less of 110 until the first answer, and 8 MiB less of 34. Should that fail in
+    That is 20 ms less of 100 until the first answer, and 8 MiB less of 28. Should that fail in
     some later Python, the plain imports below bring all of it.
     """
     unused = ("email.utils", "gzip", "http.client", "inspect", "pydoc", "shutil")
@@ -3231,7 +3231,7 @@ def wait_for_the_end(services: Services) -> None:
 
 
 def end_after_the_script(services: Services, trim: Callable[[int], object]) -> None:
-    """Give the memory of this file's syntax tree back, 6 MiB of 28; then wait for the end.
+    """Give the memory of this file's syntax tree back, 6 MiB of 26; then wait for the end.
 
     Python keeps the tree until the script is at its end, and with it the main thread. This runs
     in another thread, which the interpreter then waits for.
