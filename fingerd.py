@@ -1937,12 +1937,13 @@ class Peer:
         """Send an answer; after the `last` one the connection ends."""
         self.closing = last
         if self.in_place:
-            self.unsent = b"".join(pieces)
+            answer = b"".join(pieces)
             try:
-                self.unsent = self.unsent[self.sock.send(self.unsent, socket.MSG_DONTWAIT) :]
+                sent = self.sock.send(answer, socket.MSG_DONTWAIT)
             except BlockingIOError:  # it has not even taken the last answers
-                raise TakesLong from None
-            if self.unsent:
+                sent = 0
+            if sent < len(answer):
+                self.unsent = answer[sent:]
                 raise TakesLong
             return
         self.allow(SEND_SECONDS + sum(map(len, pieces)) / SLOWEST_READER)
@@ -2059,29 +2060,25 @@ class Server(socketserver.ThreadingTCPServer):
         return False
 
     def serve(self, peer: Peer) -> None:
-        """Do what can be done for `peer` in place, whatever comes of it."""
+        """Answer in place, or let the peer rest, or hand it to a thread; whatever comes of it."""
         try:
-            self.process_request(peer, peer.address)
+            try:
+                if peer.crowd:
+                    self.crowd.came(peer)
+                self.finish_request(peer, peer.address)  # type: ignore[arg-type]  # it is no socket
+            except NotYet:
+                self.rest(peer)
+            except TakesLong:
+                self.hand_over(peer)
+            else:
+                if peer.crowd and not peer.ended:  # who kept us waiting may send more: drain it
+                    self.hand_over(peer)
+                else:
+                    self.part(peer)
         except Exception:
             with contextlib.suppress(Exception):
                 self.handle_error(peer, peer.address)
             self.part(peer)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in place, or let the peer rest, or hand it to a thread."""
-        try:
-            if request.crowd:
-                self.crowd.came(request)
-            self.finish_request(request, client_address)
-        except NotYet:
-            self.rest(request)
-        except TakesLong:
-            self.hand_over(request)
-        else:
-            if request.crowd and not request.ended:  # who kept us waiting may send more: drain it
-                self.hand_over(request)
-            else:
-                self.part(request)
 
     def rest(self, peer: Peer) -> None:
         """Wait, without a thread, for what `peer` has still to send."""
@@ -2099,7 +2096,7 @@ class Server(socketserver.ThreadingTCPServer):
             peer.join(self.crowd)
         self.crowd.add_thread()
         peer.take_thread()
-        super().process_request(peer, peer.address)  # type: ignore[arg-type]  # it is no socket
+        self.process_request(peer, peer.address)  # type: ignore[arg-type]
 
     def part(self, peer: Peer) -> None:
         """Be done with `peer`."""
