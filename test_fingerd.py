@@ -3376,7 +3376,7 @@ class HostileTest(Case):
             self.keep(connect(server.port, b"half"))
         start = time.monotonic()
         self.assertEqual(ask(server.port, b"moshez\r\n"), HAPPY)
-        self.assertLess(time.monotonic() - start, 1.0)
+        self.assertLess(time.monotonic() - start, 2.0, "not ten times the patience")
 
     def test_slow_reader_is_bounded_in_time(self) -> None:
         self.patch(SEND_SECONDS=0.2, SLOWEST_READER=1e9, MAX_LISTING=20_000_000)
