@@ -117,7 +117,7 @@ MAX_BODY = 65_536  # bytes of a request body
 MAX_PAGE_USERS = 1_000  # users on the web page
 MAX_FEED = 50  # entries of a feed
 MAX_PAGES = 1_000  # web pages that are remembered, and answers to XML-RPC calls
-MAX_REMEMBERED_CALL = 512  # bytes of one, so that a few of them hold no more than a page
+MAX_REMEMBERED_CALL = 512  # bytes of such a call, which leave no room for many users
 MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 
