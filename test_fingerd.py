@@ -3226,7 +3226,8 @@ class PrivilegesTest(Case):
                 self.refuses_to_start(command(service.users, run_as=option), "--run-as")
 
     def test_run_as_needs_root(self) -> None:
-        program = (python_for_everybody(), str(FINGERD))
+        copy = shutil.copy(FINGERD, self.folder())  # nobody may be kept out of where we are
+        program = (python_for_everybody(), str(copy))
         words = command("/etc/hosts", "--run-as", "1", program=program)
         self.refuses_to_start(words, "--run-as.*root", preexec_fn=become_nobody)
 
