@@ -727,6 +727,17 @@ def sasl_plain(account: str, password: str) -> list[str]:
     return [secret[start : start + IRC_SASL_BYTES] or "+" for start in starts]
 
 
+def mask(text: str, secrets: set[str]) -> str:
+    """`text` with *** for each secret, and for a piece of one that is a word of 8 or more."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+
+    def hide(word: re.Match[str]) -> str:
+        return "***" if any(word[0] in secret for secret in secrets) else word[0]
+
+    return re.sub(r"[\w+/=]{8,}", hide, text)
+
+
 def reconnect_delay(attempt: int, jitter: float) -> float:
     """Seconds to wait after so many earlier failures; `jitter` is chance, from 0 to 1."""
     delay = IRC_RETRY_SECONDS * 2.0 ** min(attempt, IRC_MANY_FAILURES)
@@ -1452,6 +1463,9 @@ class IrcSession:
         self, options: IrcOptions, store: StatusStore, nick_tail: str, report: Callable[[str], None]
     ) -> None:
         self.options, self.store, self.report = options, store, report
+        chunks = sasl_plain(options.account, options.password)
+        secrets = {options.password, *chunks, "".join(chunks)} if options.password else ()
+        self.secrets = {clean(secret) for secret in secrets} - {"", "+"}
         self.now = self.started = self.heard = 0.0
         self.registered = 0.0  # since when, 0 for not yet
         self.pinged = 0.0  # when, 0 if a line came since
@@ -1548,16 +1562,15 @@ class IrcSession:
     def is_ours(self, channel: str) -> bool:
         return self.fold(channel) in map(self.fold, self.options.channels)
 
-    def quote(self, line: IrcLine) -> str:
-        """The server's words for the log, without our password even if the server repeats it."""
-        text = clean(" ".join(line.params))
-        return text.replace(self.options.password, "***") if self.options.password else text
+    def quote(self, *words: str) -> str:
+        """The server's words for the log, without the secrets that it may repeat."""
+        return mask(clean(" ".join(words)), self.secrets)
 
     def on_PING(self, line: IrcLine) -> None:
         self.queue.appendleft((math.inf, format_irc_line("PONG", line.param(0))))
 
     def on_ERROR(self, line: IrcLine) -> None:
-        raise IrcFailure(f"the server says: {self.quote(line)}")
+        raise IrcFailure(f"the server says: {self.quote(*line.params)}")
 
     def on_CAP(self, line: IrcLine) -> None:
         """DEL needs no reply: by then, all that we lose is the tag by which bots are known."""
@@ -1601,7 +1614,7 @@ class IrcSession:
     def on_904(self, line: IrcLine) -> None:
         """Also a wrong password for the server (464), and a ban (465)."""
         self.refused = True
-        raise IrcFailure(f"the server refuses us ({line.command}): {self.quote(line)}")
+        raise IrcFailure(f"the server refuses us ({line.command}): {self.quote(*line.params)}")
 
     on_464 = on_465 = on_902 = on_905 = on_906 = on_908 = on_904
 
@@ -1633,7 +1646,7 @@ class IrcSession:
         self.registered = self.now
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
-        self.report(f"registered as {clean(self.nick)}")
+        self.report(f"registered as {self.quote(self.nick)}")
         if self.options.channels:
             self.send("JOIN", ",".join(self.options.channels))
 
@@ -1659,18 +1672,18 @@ class IrcSession:
     def on_JOIN(self, line: IrcLine) -> None:
         if self.is_me(line.nick) and self.is_ours(line.param(0)):
             self.joined.add(self.fold(line.param(0)))
-            self.report(f"joined {clean(line.param(0))}")
+            self.report(f"joined {self.quote(line.param(0))}")
 
     def on_471(self, line: IrcLine) -> None:
         if self.is_ours(line.param(1)):
-            self.report(f"cannot join: {self.quote(line)}")
+            self.report(f"cannot join: {self.quote(*line.params)}")
 
     on_403 = on_405 = on_473 = on_474 = on_475 = on_476 = on_477 = on_489 = on_471
 
     def on_KICK(self, line: IrcLine) -> None:
         if self.is_me(line.param(1)):
             self.joined.discard(self.fold(line.param(0)))
-            self.report(f"kicked: {self.quote(line)}")
+            self.report(f"kicked: {self.quote(*line.params)}")
 
     def on_PRIVMSG(self, line: IrcLine) -> None:
         """Answer a person who speaks to us, or in a channel that we have joined."""

@@ -2303,6 +2303,25 @@ class IrcSessionTest(unittest.TestCase):
                     talk.hear(line)
                 self.assertEqual(talk.session.refused, refused)
 
+    def test_no_secret_reaches_the_log(self) -> None:
+        account, password = "finger", "correct horse " * 60
+        chunks = fingerd.sasl_plain(account, password)
+        self.assertEqual(len(chunks), 3)
+        for repeated, logged in [
+            (password.strip(), "***"),
+            (f"({password.strip()})", "(***)"),
+            *[(chunk, "***") for chunk in chunks],
+            ("".join(chunks), "***"),
+            (f"<{chunks[0][9:99]}> {chunks[-1][-9:]}", "<***> ***"),
+            ("AUTHENTICATE", "AUTHENTICATE"),
+        ]:
+            with self.subTest(repeated):
+                talk = Talk(account=account, password=password)
+                with self.assertRaises(fingerd.IrcFailure) as failure:
+                    talk.hear(f":s 904 * {repeated} :is wrong")
+                said = f"the server refuses us (904): * {logged} is wrong"
+                self.assertEqual(str(failure.exception), said)
+
     def test_it_gives_up_when_no_nick_is_free(self) -> None:
         for number, last in [("433", "NICK finge4711"), ("432", "NICK f")]:
             talk = Talk()
