@@ -156,24 +156,25 @@ COMPUTING_SECONDS = 1e-4  # that a thread computes before another one's turn; at
 # 69 answers a second were left beside one that computes, of 7,700, and at 0.1 ms 2,100
 FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in so many seconds
 
-IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # of a line; and of the tags before it (IRCv3)
-IRC_HOST_BYTES = 63  # assumed for the length of our own host until the server shows it
-IRC_NICK_BYTES = 9  # every server allows these (RFC 2812, section 1.2.1)
-IRC_CHANNELS_BYTES = 400  # the channels with commas between, so that one JOIN holds them
-IRC_SASL_BYTES = 400  # of base64 in one AUTHENTICATE
-IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # sent at once; then one in each such time
-IRC_QUEUE_LINES = 20  # that wait to be sent
-IRC_STALE_SECONDS = 30.0  # after which a waiting answer is not sent any more
-IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # of one user@host; more are ignored
-IRC_ASKERS = 1_000  # user@hosts remembered
-IRC_ANNOUNCED = 3  # changes told one by one; the rest of a burst is only counted
-IRC_CONNECT_SECONDS, IRC_TLS_SECONDS = 15.0, 15.0  # the look-up of the name has the former, too
-IRC_REGISTER_SECONDS = 60.0  # SASL included
-IRC_SILENCE_SECONDS, IRC_ANSWER_SECONDS = 90.0, 60.0  # before our own PING; then for its answer
-IRC_SETTLED_SECONDS = 60.0  # registered, before the count of failures starts again
-IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # doubled with each failure
-IRC_MANY_FAILURES = 20  # enough of them for the longest wait
-IRC_POLL_SECONDS = 0.5  # between looks at the clock, at the store, and whether to stop
+# IRC.
+IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # a line, and the tags before it (IRCv3)
+IRC_HOST_BYTES = 63  # assumed length of our own host name until the server shows it
+IRC_NICK_BYTES = 9  # nicks of this length are allowed everywhere (RFC 2812, section 1.2.1)
+IRC_CHANNELS_BYTES = 400  # all channels, separated by commas, so that one JOIN holds them
+IRC_SASL_BYTES = 400  # base64 in one AUTHENTICATE
+IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
+IRC_QUEUE_LINES = 20  # lines that wait to be sent
+IRC_STALE_SECONDS = 30.0  # a reply that has waited this long is dropped
+IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends more is ignored
+IRC_ASKERS = 1_000  # user@hosts whose queries are counted
+IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
+IRC_CONNECT_SECONDS, IRC_TLS_SECONDS = 15.0, 15.0  # for look-up and for connect; for the handshake
+IRC_REGISTER_SECONDS = 60.0  # for the registration, SASL included
+IRC_SILENCE_SECONDS, IRC_ANSWER_SECONDS = 90.0, 60.0  # before our PING; for the reply to it
+IRC_SETTLED_SECONDS = 60.0  # registered for this long, a connection counts as a success
+IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # the back-off, doubled by each failure
+IRC_MANY_FAILURES = 20  # so many failures mean the longest back-off
+IRC_POLL_SECONDS = 0.5  # between looks at the clock, the store and the stop event
 
 NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
@@ -651,7 +652,7 @@ IRC_REALNAME = "A bot, the finger service: send it a user's name"
 
 
 class IrcLine(NamedTuple):
-    """One message; the values of its tags are as they were sent, with their escapes."""
+    """A parsed message. Tag values are kept as they were sent, escapes included."""
 
     tags: dict[str, str]
     source: str  # nick!user@host, or the name of a server
@@ -663,12 +664,12 @@ class IrcLine(NamedTuple):
         return self.source.partition("!")[0]
 
     def param(self, index: int) -> str:
-        """One parameter, or "" where the sender left it out."""
+        """The parameter at `index`, or "" if there are fewer."""
         return self.params[index] if index < len(self.params) else ""
 
 
 def parse_irc_line(raw: bytes) -> IrcLine:
-    """What stood before an LF, whatever it is (RFC 2812, section 2.3.1; IRCv3 message tags)."""
+    """Parse the bytes before an LF, whatever they are (RFC 2812, section 2.3.1; IRCv3 tags)."""
     try:
         text = raw.rstrip(b"\r").decode("utf-8")
     except UnicodeDecodeError:
@@ -688,7 +689,7 @@ def parse_irc_line(raw: bytes) -> IrcLine:
 
 
 def format_irc_line(command: str, *params: str) -> bytes:
-    """The message as it is sent: CR, LF and NUL cannot get in; the last may hold blanks."""
+    """The message as bytes. CR, LF and NUL are removed; the last parameter may hold blanks."""
     *middle, last = params
     if not last or last.startswith(":") or " " in last:
         last = f":{last}"
@@ -697,19 +698,19 @@ def format_irc_line(command: str, *params: str) -> bytes:
 
 
 def fold_irc(name: str, casemapping: str) -> str:
-    """A nick or channel in lower case; as in RFC 1459 where the mapping is unknown."""
+    """A nick or channel in lower case; an unknown mapping counts as rfc1459."""
     beside_letters = {"ascii": 0, "rfc1459-strict": 3}.get(casemapping, 4)
     upper, lower = "[]\\~"[:beside_letters], "{}|^"[:beside_letters]
     return name.lower().translate(str.maketrans(upper, lower))
 
 
 def cut_bytes(text: str, size: int) -> str:
-    """As many whole characters as `size` bytes of UTF-8 hold."""
+    """The longest start of `text` that takes at most `size` bytes in UTF-8."""
     return text.encode("utf-8", "replace")[: max(size, 0)].decode("utf-8", "ignore")
 
 
 def ctcp_reply(text: str) -> str:
-    """The answer to a CTCP VERSION, PING or FINGER; "" to any other."""
+    """The reply to a CTCP VERSION, PING or FINGER; "" for any other."""
     command, _, argument = text.strip("\x01").partition(" ")
     replies = {
         "VERSION": f"fingerd {__version__}",
@@ -720,15 +721,15 @@ def ctcp_reply(text: str) -> str:
 
 
 def sasl_plain(account: str, password: str) -> list[str]:
-    """The parameters of the AUTHENTICATE lines that log in (RFC 4616; IRCv3 SASL 3.1)."""
+    """The parameters of the AUTHENTICATE lines of a log-in (RFC 4616; IRCv3 SASL 3.1)."""
     secret = base64.b64encode(f"\0{account}\0{password}".encode()).decode("ascii")
     starts = range(0, len(secret) + 1, IRC_SASL_BYTES)
-    # A full last line would say that more follows; then there is nothing at the last start.
+    # A full line means that another one follows, so "+" for nothing ends a series of full lines.
     return [secret[start : start + IRC_SASL_BYTES] or "+" for start in starts]
 
 
 def mask(text: str, secrets: set[str]) -> str:
-    """`text` with *** for each secret, and for a piece of one that is a word of 8 or more."""
+    """`text` with *** for each secret, and for each word of 8 or more characters inside one."""
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
 
@@ -739,7 +740,7 @@ def mask(text: str, secrets: set[str]) -> str:
 
 
 def reconnect_delay(attempt: int, jitter: float) -> float:
-    """Seconds to wait after so many earlier failures; `jitter` is chance, from 0 to 1."""
+    """The back-off in seconds after `attempt` failures; `jitter` is a random 0 to 1."""
     delay = IRC_RETRY_SECONDS * 2.0 ** min(attempt, IRC_MANY_FAILURES)
     return min(IRC_LONGEST_RETRY_SECONDS, delay * (1 + jitter / 2))
 
@@ -1436,7 +1437,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
 
 class IrcOptions(NamedTuple):
-    """What the administrator says about the bot."""
+    """The settings of the bot."""
 
     host: str
     port: int
@@ -1444,19 +1445,19 @@ class IrcOptions(NamedTuple):
     nick: str = "fingerbot"
     channels: tuple[str, ...] = ()
     account: str = ""
-    password: str = ""  # the account's, or without one the server's
-    fingerprint: str = ""  # SHA-256 of the one certificate to trust, in hexadecimal
+    password: str = ""  # of the account; without an account, of the server
+    fingerprint: str = ""  # SHA-256 of the only certificate to trust, in hexadecimal
 
 
 class IrcFailure(ConnectionError):
-    """The connection cannot go on, and this sentence says why."""
+    """The connection cannot continue; the text is the reason, for the log."""
 
 
 class IrcSession:
-    """The bot's brain for one connection: lines and the time in, lines out.
+    """The protocol on one connection: received lines and times in, lines to send out.
 
-    `begin`, then `receive` each line and `tick` often; what `take` gives is to be sent, what
-    `report` is given to be logged. IrcFailure ends it.
+    The caller calls `begin` once, `receive` for each line and `tick` often, and sends the result
+    of `take`. `report` is called with lines for the log. An IrcFailure ends the connection.
     """
 
     def __init__(
@@ -1467,26 +1468,27 @@ class IrcSession:
         secrets = {options.password, *chunks, "".join(chunks)} if options.password else ()
         self.secrets = {clean(secret) for secret in secrets} - {"", "+"}
         self.now = self.started = self.heard = 0.0
-        self.registered = 0.0  # since when, 0 for not yet
-        self.pinged = 0.0  # when, 0 if a line came since
-        self.refused = False  # so that trying again soon could get us banned
+        self.registered = 0.0  # the time of registration; 0 before
+        self.pinged = 0.0  # the time of our PING; 0 if a line has arrived since
+        self.refused = False  # if True, an early retry could get us banned
         self.logged_in = False
-        self.offered_caps: set[str] = set()  # those of use
+        self.offered_caps: set[str] = set()  # the useful ones
         self.nick = self.wanted_nick = options.nick
-        self.nick_endings = iter(["_", "__", nick_tail])  # to try when the wanted one is taken
-        self.nick_due = math.inf  # when to ask for the wanted one again
-        self.mask = f"~fingerd@{'x' * IRC_HOST_BYTES}"  # our user@host, or as long as it may get
+        self.nick_endings = iter(["_", "__", nick_tail])  # to try if the wanted nick is taken
+        self.nick_due = math.inf  # the time to ask for the wanted nick again
+        self.mask = f"~fingerd@{'x' * IRC_HOST_BYTES}"  # our user@host; at first the longest one
         self.casemapping = "rfc1459"
         self.joined: set[str] = set()  # folded
-        self.version = 0  # of the store, as far as it was announced
-        self.askers: dict[str, tuple[int, float]] = {}  # queries of each user@host, until when
+        self.version = 0  # the version of the store that was announced last
+        self.askers: dict[str, tuple[int, float]] = {}  # user@host: queries, end of the count
+        # Lines to send, each with the time after which it is dropped.
         self.queue: collections.deque[tuple[float, bytes]] = collections.deque(
             maxlen=IRC_QUEUE_LINES
-        )  # lines, and until when they are wanted
-        self.pace = 0.0  # each line sent moves it on; it may run ahead of the clock
+        )
+        self.pace = 0.0  # the time of the next line at a steady pace; a burst may precede it
 
     def begin(self, now: float) -> None:
-        """The connection stands."""
+        """Start the registration."""
         self.now = self.started = now
         if self.options.password and not self.options.account:
             self.send("PASS", self.options.password)
@@ -1495,7 +1497,7 @@ class IrcSession:
         self.send("USER", "fingerd", "0", "*", IRC_REALNAME)
 
     def receive(self, raw: bytes, now: float) -> None:
-        """Act on a line, which may be anything at all."""
+        """Handle a line, which may contain anything."""
         self.now = self.heard = now
         self.pinged = 0.0
         line = parse_irc_line(raw)
@@ -1506,24 +1508,24 @@ class IrcSession:
             handler(line)
 
     def tick(self, now: float) -> None:
-        """Do what it is time for."""
+        """Do what is due at `now`."""
         self.now = now
-        self.mind_the_silence()
+        self.check_silence()
         if now >= self.nick_due:
             self.nick_due = now + IRC_SILENCE_SECONDS
             if not self.is_me(self.wanted_nick):
                 self.send("NICK", self.wanted_nick)
-        # While lines wait, changes do too, and become one burst instead of a longer queue.
+        # While lines wait, changes wait too: later they are one burst, not a longer queue.
         if self.joined and not self.queue:
             self.announce()
 
-    def mind_the_silence(self) -> None:
+    def check_silence(self) -> None:
         if not self.registered:
             if self.now >= self.started + IRC_REGISTER_SECONDS:
-                raise IrcFailure("the server did not register us in time")
+                raise IrcFailure("the registration takes too long")
         elif self.pinged:
             if self.now >= self.pinged + IRC_ANSWER_SECONDS:
-                raise IrcFailure("the server has gone silent")
+                raise IrcFailure("the server does not reply")
         elif self.now >= self.heard + IRC_SILENCE_SECONDS:
             self.pinged = self.now
             self.send("PING", "fingerd")
@@ -1533,11 +1535,11 @@ class IrcSession:
         return 0 < self.registered <= now - IRC_SETTLED_SECONDS
 
     def take(self, now: float) -> bytes:
-        """The lines that may go now, at the pace of RFC 1459, section 8.10."""
+        """The lines that may be sent now, at the pace of RFC 1459, section 8.10."""
         taken = b""
         while self.queue and self.pace <= now + (IRC_BURST_LINES - 1) * IRC_LINE_SECONDS:
-            wanted_until, line = self.queue.popleft()
-            if now <= wanted_until:
+            expires, line = self.queue.popleft()
+            if now <= expires:
                 taken += line
                 self.pace = max(self.pace, now) + IRC_LINE_SECONDS
         return taken
@@ -1546,10 +1548,10 @@ class IrcSession:
         self.queue.append((math.inf, format_irc_line(command, *params)))
 
     def say(self, command: str, target: str, text: str) -> None:
-        """Queue a text that is no other bot's command, cut to fit the line others receive."""
+        """Queue a text, cut so that the line fits when the server sends it on."""
         rest = f":{self.nick}!{self.mask} {command} {target} :\r\n"
         text = cut_bytes(text.lstrip("! "), IRC_LINE_BYTES - len(rest.encode()))
-        if len(self.queue) < IRC_QUEUE_LINES:  # behind so many it would come too late
+        if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
             line = format_irc_line(command, target, text)
             self.queue.append((self.now + IRC_STALE_SECONDS, line))
 
@@ -1563,7 +1565,7 @@ class IrcSession:
         return self.fold(channel) in map(self.fold, self.options.channels)
 
     def quote(self, *words: str) -> str:
-        """The server's words for the log, without the secrets that it may repeat."""
+        """The server's words for the log; secrets that it repeats are masked."""
         return mask(clean(" ".join(words)), self.secrets)
 
     def on_PING(self, line: IrcLine) -> None:
@@ -1573,21 +1575,21 @@ class IrcSession:
         raise IrcFailure(f"the server says: {self.quote(*line.params)}")
 
     def on_CAP(self, line: IrcLine) -> None:
-        """DEL needs no reply: by then, all that we lose is the tag by which bots are known."""
+        """Negotiate. DEL needs no reply: all that it takes from us is the tag that marks bots."""
         verb, caps = line.param(1), " ".join(line.params[2:]).split()
         if verb == "LS":
             self.choose_caps(caps)
         elif verb == "NEW" and self.registered and "message-tags" in caps:
             self.send("CAP", "REQ", "message-tags")
         elif verb == "NAK" and "sasl" in caps:
-            raise IrcFailure("the server does not let us log in (SASL)")
+            raise IrcFailure("the server refuses SASL")
         elif verb == "ACK" and "sasl" in caps:
             self.send("AUTHENTICATE", "PLAIN")
         elif verb in ("ACK", "NAK") and not self.registered:
             self.send("CAP", "END")
 
     def choose_caps(self, caps: list[str]) -> None:
-        """Request what we use, once all is listed: on every line but the last, a * comes first."""
+        """Collect the capabilities that we use; request them after the last line, without a *."""
         useful = {"message-tags", "sasl"} if self.options.account else {"message-tags"}
         for cap in caps:
             name, _, mechanisms = cap.partition("=")
@@ -1596,7 +1598,7 @@ class IrcSession:
         if caps[:1] == ["*"]:
             return
         if "sasl" in useful - self.offered_caps:
-            raise IrcFailure("the server offers no log-in by password (SASL PLAIN)")
+            raise IrcFailure("the server offers no SASL PLAIN")
         if self.offered_caps:
             self.send("CAP", "REQ", " ".join(sorted(self.offered_caps)))
         else:
@@ -1612,7 +1614,7 @@ class IrcSession:
         self.send("CAP", "END")
 
     def on_904(self, line: IrcLine) -> None:
-        """Also a wrong password for the server (464), and a ban (465)."""
+        """A refused log-in, a wrong password for the server (464) or a ban (465)."""
         self.refused = True
         raise IrcFailure(f"the server refuses us ({line.command}): {self.quote(*line.params)}")
 
@@ -1626,7 +1628,7 @@ class IrcSession:
     on_436 = on_437 = on_433
 
     def on_432(self, line: IrcLine) -> None:
-        """The nick is wrong, perhaps for being too long."""
+        """The nick is not allowed; it may be too long."""
         if not self.registered:
             self.wanted_nick = self.wanted_nick[:-1][:IRC_NICK_BYTES]
             self.try_nick(self.wanted_nick)
@@ -1639,10 +1641,10 @@ class IrcSession:
 
     def on_001(self, line: IrcLine) -> None:
         if self.options.account and not self.logged_in:
-            raise IrcFailure("the server does not know how to let us log in (SASL)")
+            raise IrcFailure("the server has no SASL")
         self.nick = line.param(0)
         if self.wanted_nick.startswith(self.nick):
-            self.wanted_nick = self.nick  # cut by the server, which would cut it again
+            self.wanted_nick = self.nick  # the server cut it, and would do so again
         self.registered = self.now
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
@@ -1661,7 +1663,7 @@ class IrcSession:
                 self.send("MODE", self.nick, f"+{value}")
 
     def on_396(self, line: IrcLine) -> None:
-        """Our host as others see it from now on, perhaps with the user in front."""
+        """The server shows us to others with this host, or user@host, from now on."""
         host = line.param(1).rpartition("@")[2]
         self.mask = f"{self.mask.partition('@')[0]}@{host}"
 
@@ -1686,7 +1688,7 @@ class IrcSession:
             self.report(f"kicked: {self.quote(*line.params)}")
 
     def on_PRIVMSG(self, line: IrcLine) -> None:
-        """Answer a person who speaks to us, or in a channel that we have joined."""
+        """Reply to a person who writes to us, or in a channel that we have joined."""
         target, text = line.param(0), line.param(1)
         private, joined = self.is_me(target), self.fold(target) in self.joined
         is_bot = any(tag.rpartition("/")[2] == "bot" for tag in line.tags)
@@ -1696,12 +1698,12 @@ class IrcSession:
             command, reply = "NOTICE", ctcp_reply(text) if private else ""
         else:
             command, reply = "PRIVMSG", self.finger_reply(text, private)
-        if reply and self.is_patient_with(line.source.partition("!")[2]):
+        if reply and self.within_limit(line.source.partition("!")[2]):
             self.say(command, line.nick if private else target, reply)
 
     def finger_reply(self, text: str, private: bool) -> str:
-        """The answer to `NAME` in private, and anywhere to `!finger NAME` or `fingerbot: NAME`."""
-        # Colour codes are followed by digits, which would stay behind if clean() took them out.
+        """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
+        # clean() removes control characters, but not the digits of the colour codes.
         name = clean(re.sub("\x03([0-9]{1,2}(,[0-9]{1,2})?)?|\x04([0-9A-Fa-f]{6})?", "", text))
         head, _, rest = name.partition(" ")
         if head == "!finger" or (head.endswith((":", ",")) and self.is_me(head[:-1])):
@@ -1713,20 +1715,20 @@ class IrcSession:
         status = self.store.get(name)
         return f"{name[:MAX_NAME]}: {status.text if status else NO_SUCH_USER}"
 
-    def is_patient_with(self, asker: str) -> bool:
-        """Count a query. Too many in the minute after a first one, and the asker is ignored."""
+    def within_limit(self, asker: str) -> bool:
+        """Count a query; False for one too many in a minute, and then for IRC_IGNORE_SECONDS."""
         count, until = self.askers.pop(asker, (0, 0.0))
         if self.now >= until:
             count, until = 0, self.now + 60
         if count == IRC_QUERIES_PER_MINUTE:
             until = self.now + IRC_IGNORE_SECONDS
         self.askers[asker] = count + 1, until
-        if len(self.askers) > IRC_ASKERS:  # who has not asked for longest is forgotten
+        if len(self.askers) > IRC_ASKERS:  # forget the one with the oldest query
             del self.askers[next(iter(self.askers))]
         return count < IRC_QUERIES_PER_MINUTE
 
     def announce(self) -> None:
-        """Tell the channels, in a few lines, what has changed since the last time."""
+        """Tell the channels in a few lines which statuses have changed since the last call."""
         changes = self.store.changes_after(self.version)
         if not changes:
             return
@@ -2610,9 +2612,9 @@ class Reloader(threading.Timer):
 
 
 def irc_tls(fingerprint: str) -> ssl.SSLContext:
-    """Trust in the system's authorities; or anyone, where a fingerprint is checked afterwards."""
-    import hashlib  # noqa: F401  # for the dialer, which privileges are dropped before
-    import ssl  # here, because it costs start time and most servers run without the bot
+    """A context that trusts the system's authorities, or, if there is a fingerprint, anybody."""
+    import hashlib  # noqa: F401  # for the dialer, while we still have the privileges to read it
+    import ssl  # here, because it is slow to import and most servers run without the bot
 
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -2623,9 +2625,9 @@ def irc_tls(fingerprint: str) -> ssl.SSLContext:
 
 
 class IrcDialer(threading.Thread):
-    """Makes a connection in a thread of its own, for nothing can interrupt the look-up of a name.
+    """Makes a connection in a thread, because nothing can interrupt the look-up of a name.
 
-    When it has ended, there is either a `problem` or the connection, `sock`.
+    When the thread has ended, either `problem` is not empty or `sock` is the connection.
     """
 
     sock: socket.socket
@@ -2634,7 +2636,7 @@ class IrcDialer(threading.Thread):
         super().__init__(name="irc-dialer", daemon=True)
         self.options, self.tls = options, tls
         self.addresses: list[Any] = []
-        self.problem = INTERNAL_ERROR  # until it is known to be another or none
+        self.problem = INTERNAL_ERROR  # unless `run` sets another value
         self.start()
 
     def run(self) -> None:
@@ -2654,31 +2656,31 @@ class IrcDialer(threading.Thread):
             raise IrcFailure(f"cannot look up {host}: {problem}") from None
 
     def connect(self) -> socket.socket:
-        """A connection to the first address that takes one; each gets its share of the time."""
+        """A connection to the first address that accepts one. They share the time equally."""
         share = IRC_CONNECT_SECONDS / len(self.addresses)
         for *_, address in self.addresses:
             try:
-                host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST)  # with its scope
+                host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST)  # with the IPv6 scope
                 return socket.create_connection((host, self.options.port), share)
             except OSError as error:
                 problem = error.strerror or error
         raise IrcFailure(f"cannot connect to {self.options.host}: {problem}")
 
     def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
-        """TLS over `plain`; raises IrcFailure without it, or without a certificate to trust."""
+        """TLS over `plain`; raises IrcFailure if that or the certificate is refused."""
         import hashlib
 
         plain.settimeout(IRC_TLS_SECONDS)
         try:
-            with plain:  # empty by then, or of no more use
+            with plain:  # wrap_socket detaches it, or it is of no more use
                 sock = tls.wrap_socket(plain, server_hostname=self.options.host)
             certificate = sock.getpeercert(binary_form=True) or b""
         except OSError as error:
             distrust = getattr(error, "verify_message", "")
             if distrust:
                 raise IrcFailure(f"bad certificate: {distrust}") from None
-            words = "a server that does not speak it needs --irc-plaintext"
-            raise IrcFailure(f"no TLS ({error}); {words}") from None
+            hint = "for a server without TLS, use --irc-plaintext"
+            raise IrcFailure(f"no TLS ({error}); {hint}") from None
         digest = hashlib.sha256(certificate).hexdigest()
         if self.options.fingerprint not in ("", digest):
             sock.close()
@@ -2687,7 +2689,7 @@ class IrcDialer(threading.Thread):
 
 
 class IrcBot(threading.Thread):
-    """Keeps the finger service on IRC: one connection after the other, until it is stopped."""
+    """Replies to queries on IRC, on one connection after the other, until it is stopped."""
 
     def __init__(self, options: IrcOptions, store: StatusStore) -> None:
         super().__init__(name="irc", daemon=True)
@@ -2698,12 +2700,12 @@ class IrcBot(threading.Thread):
         self.stopping = threading.Event()
 
     def stop(self) -> None:
-        """Say QUIT where there is someone to hear it; takes 2 s at most."""
+        """Send QUIT if there is a connection, and end; this takes STOP_SECONDS at most."""
         self.stopping.set()
         self.join(STOP_SECONDS)
 
     def run(self) -> None:
-        """Connect again and again; failures count until a connection has lasted."""
+        """Connect again and again. The back-off grows until a connection has settled."""
         report = functools.partial(log.info, "IRC: %s")
         failures, delay = 0, 0.0
         while not self.stopping.wait(delay):
@@ -2720,19 +2722,19 @@ class IrcBot(threading.Thread):
                 log.warning("IRC: %s; next attempt in %.0f s", problem, delay)
 
     def attempt(self, session: IrcSession) -> str:
-        """Connect, serve for as long as that lasts, and tell in one line why it ended."""
+        """Connect and serve; return the reason of the end in one line."""
         try:
             with self.connect() as sock:
                 self.serve(sock, session)
             return "stopped"
         except OSError as problem:
             return problem.strerror or str(problem)
-        except Exception:  # whatever we overlooked must not leave us silently gone
+        except Exception:  # a fault of ours must not end the bot
             log.exception("IRC: %s", INTERNAL_ERROR)
             return INTERNAL_ERROR
 
     def connect(self) -> socket.socket:
-        """A connection; a dialer whose look-up hangs is left for the next attempt."""
+        """A connection. If the look-up hangs, its dialer is kept for the next attempt."""
         dialer = self.dialer = self.dialer or IrcDialer(self.options, self.tls)
         deadline = time.monotonic() + IRC_CONNECT_SECONDS
         dialer.join(IRC_POLL_SECONDS)
@@ -2748,13 +2750,13 @@ class IrcBot(threading.Thread):
         return dialer.sock
 
     def serve(self, sock: socket.socket, session: IrcSession) -> None:
-        """Speak until told to stop; raises OSError where something else ends it."""
+        """Exchange lines until told to stop; raises OSError if the connection ends earlier."""
         sock.settimeout(IRC_POLL_SECONDS)
         session.begin(time.monotonic())
         unread = b""
         while not self.stopping.is_set():
             sock.sendall(session.take(time.monotonic()))
-            with contextlib.suppress(socket.timeout):  # nothing, or not yet a whole TLS record
+            with contextlib.suppress(socket.timeout):  # nothing has arrived, or half a TLS record
                 received = sock.recv(BLOCK_BYTES)
                 if not received:
                     raise IrcFailure("the server closed the connection")
@@ -2960,22 +2962,22 @@ def parse_public_url(text: str) -> str:
 
 
 def add_irc_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the bot."""
+    """Add the options of the bot."""
     add = parser.add_argument_group("IRC").add_argument
-    add("--irc", metavar="HOST[:PORT]", help="answer on this IRC server (default: on none)")
-    add("--irc-plaintext", action="store_true", help="without TLS, on port 6667 instead of 6697")
-    add("--irc-fingerprint", metavar="SHA256", default="",
-        help="trust the server's certificate if it has this digest, and no other")  # fmt: skip
+    add("--irc", metavar="HOST[:PORT]", help="reply on this IRC server (default: on none)")
+    add("--irc-plaintext", action="store_true", help="no TLS; port 6667 instead of 6697")
+    text = "trust only the server certificate with this digest"
+    add("--irc-fingerprint", metavar="SHA256", default="", help=text)
     add("--irc-nick", metavar="NICK", default="fingerbot", help="(default: fingerbot)")
-    add("--irc-channel", metavar="'#NAME'", action="append", default=[],
-        help="join it, and announce changes there; repeatable")  # fmt: skip
+    text = "join this channel and announce changes there; repeatable"
+    add("--irc-channel", metavar="'#NAME'", action="append", default=[], help=text)
     add("--irc-account", metavar="NAME", default="", help="log in with SASL")
-    add("--irc-password-file", metavar="FILE",
-        help="the account's, else the server's (default: $FINGERD_IRC_PASSWORD)")  # fmt: skip
+    text = "password of the account or server (default: $FINGERD_IRC_PASSWORD)"
+    add("--irc-password-file", metavar="FILE", help=text)
 
 
 def irc_password(file_name: str | None) -> str:
-    """The first line of the file, else what the environment says."""
+    """The first line of the file or, without a file, the value in the environment."""
     if not file_name:
         return os.environ.get("FINGERD_IRC_PASSWORD", "")
     try:
@@ -2986,9 +2988,9 @@ def irc_password(file_name: str | None) -> str:
 
 
 def check_irc_options(irc: IrcOptions) -> None:
-    """Raise StartError with the first thing that is wrong; warn of what only may be."""
+    """Raise StartError for the first wrong option; warn if nothing is encrypted."""
     loopback = re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", irc.host)
-    readable = not (irc.tls or loopback)  # on the way
+    exposed = not (irc.tls or loopback)
     # A surrogate stands for a byte that is not UTF-8.
     secret = re.search("[\0\r\n\ud800-\udfff]", irc.account + irc.password)
     channels = [
@@ -2997,13 +2999,13 @@ def check_irc_options(irc: IrcOptions) -> None:
     joined = ",".join(irc.channels).encode("utf-8", "replace")
     refused = {
         "--irc: the port must be from 1 to 65535": not 0 < irc.port < 65536,
-        # ASCII has what else a nick may hold, brackets and the like, around the small letters.
+        # From A to } are the letters, and all else that a nick may begin with.
         "--irc-nick: not a nick": not re.fullmatch("[A-}][A-}0-9-]{0,29}", irc.nick),
         "--irc-channel: not the name of a channel": not all(channels),
         "--irc-channel: too many": len(joined) > IRC_CHANNELS_BYTES,
         "--irc-account needs a password": irc.account and not irc.password,
-        "--irc-account needs TLS, or a server on this machine": irc.account and readable,
-        "--irc-account, or the password: it has a control character, or is not UTF-8": secret,
+        "--irc-account needs TLS, or a server on this machine": irc.account and exposed,
+        "--irc-account: name or password has a control character or is not UTF-8": secret,
         "--irc-fingerprint: not a SHA-256 in hexadecimal": not re.fullmatch(
             "|[0-9a-f]{64}", irc.fingerprint
         ),
@@ -3012,12 +3014,12 @@ def check_irc_options(irc: IrcOptions) -> None:
     for problem, found in refused.items():
         if found:
             raise StartError(problem)
-    if readable:
-        log.warning("IRC: all that we say to %s can be read on the way", irc.host)
+    if exposed:
+        log.warning("IRC: the connection to %s is not encrypted", irc.host)
 
 
 def irc_options(options: argparse.Namespace) -> IrcOptions | None:
-    """The bot's part of the command line, None without --irc; StartError for what is wrong."""
+    """The settings of the bot; None without --irc, StartError for a wrong option."""
     if not options.irc:
         return None
     address = re.fullmatch(r"(\[\S+\]|[^:\s]+)(?::([0-9]{1,5}))?|(\S*:\S*:\S*)", options.irc)

@@ -48,7 +48,6 @@ import multiprocessing
 import os
 import pathlib
 import pwd
-import queue
 import random
 import re
 import resource
@@ -2031,14 +2030,12 @@ class RealClientsTest(unittest.TestCase):
 
 
 # ================================================================================================
-# 9. IRC: the codec, the session and the options by tables; the bot on servers, false and real
+# 9. IRC: codec, session and options by tables; the bot on fake and real servers
 # ================================================================================================
-
-# ==== helpers
 
 
 class Talk:
-    """An fingerd.IrcSession with a clock that the test moves."""
+    """An IrcSession with a clock that the test moves."""
 
     def __init__(self, store: fingerd.StatusStore | None = None, **options: Any) -> None:
         self.now = 1000.0
@@ -2062,7 +2059,7 @@ class Talk:
         return self
 
     def said(self) -> list[str]:
-        """All lines that wait, sent at their pace."""
+        """All waiting lines, sent at their pace."""
         sent = b""
         while self.session.queue:
             sent += self.session.take(self.now)
@@ -2077,62 +2074,30 @@ class Talk:
         return self.pass_time(60)
 
 
-class LogLines(logging.Handler):
-    """What the bot logs, one line after the other."""
-
-    def __init__(self, test: unittest.TestCase) -> None:
-        super().__init__()
-        self.lines: queue.Queue[str] = queue.Queue()
-        fingerd.log.addHandler(self)
-        fingerd.log.setLevel(logging.INFO)
-        fingerd.log.propagate = False
-        test.addCleanup(fingerd.log.removeHandler, self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.put(self.format(record))
-
-    def wait_for(self, part: str) -> str:
-        deadline = time.monotonic() + DEADLINE
-        heard = []
-        while time.monotonic() < deadline:
-            with contextlib.suppress(queue.Empty):
-                heard.append(self.lines.get(timeout=1))
-                if part in heard[-1]:
-                    return heard[-1]
-        raise AssertionError(f"{part!r} is not in {heard[-5:]}")
-
-
-class IrcPeer:
-    """One end of a connection, speaking lines."""
+class IrcEnd:
+    """One end of an IRC connection."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.sock.settimeout(DEADLINE)
-        self.file = sock.makefile("rb")
+        sock.settimeout(DEADLINE)
+        self.sock, self.file = sock, sock.makefile("rb")
 
     def say(self, *lines: str) -> None:
         self.sock.sendall("".join(f"{line}\r\n" for line in lines).encode())
 
-    def wait_for(self, part: str) -> str:
-        deadline = time.monotonic() + DEADLINE
+    def hear(self, part: str = "") -> str:
+        """The next line that holds `part`; each PING before it is answered."""
         heard = []
-        while time.monotonic() < deadline and self.heard_line(heard):
+        for raw in self.file:
+            heard.append(raw.decode().rstrip("\r\n"))
             if heard[-1].startswith("PING"):
                 self.say(heard[-1].replace("PING", "PONG", 1))
             if part in heard[-1]:
                 return heard[-1]
         raise AssertionError(f"{part!r} is not in {heard[-5:]}")
 
-    def heard_line(self, heard: list[str]) -> bool:
-        """Adds one line; False at the end."""
-        with contextlib.suppress(OSError):
-            heard.append(self.file.readline().decode().rstrip("\r\n"))
-            return heard[-1] != ""
-        return False
-
-    def register(self, nick: str = "fingerbot") -> IrcPeer:
-        self.wait_for("USER ")
-        self.say(f":irc.test 001 {nick} :Welcome")
+    def register(self) -> IrcEnd:
+        self.hear("USER ")
+        self.say(":irc.test 001 fingerbot :Welcome")
         return self
 
     def close(self) -> None:
@@ -2140,20 +2105,23 @@ class IrcPeer:
         self.sock.close()
 
 
-class IrcBotCase(unittest.TestCase):
-    """A bot that is stopped at the end, and the log it wrote."""
+class IrcCase(Case):
+    """Bots that are stopped at the end, and their log."""
 
     def setUp(self) -> None:
-        self.log = LogLines(self)
-        self.allow(line=0.001, retry=0.05, longest_retry=0.05)
+        self.log = self.watch_log()
+        fingerd.log.info("watch_log() wants a line, and not every bot logs one")
+        self.patch(IRC_LINE_SECONDS=0.001, IRC_RETRY_SECONDS=0.05, IRC_LONGEST_RETRY_SECONDS=0.05)
         self.store = make_store()
 
-    def allow(self, **seconds: float) -> None:
-        """Other time limits than the usual ones until the end of the test."""
-        for name, value in seconds.items():
-            limit = mock.patch.object(fingerd, f"IRC_{name.upper()}_SECONDS", value)
-            limit.start()
-            self.addCleanup(limit.stop)
+    def logged(self, part: str, count: int = 1) -> str:
+        """The log line that is the `count`th to hold `part`."""
+
+        def found() -> list[str]:
+            return [line for line in self.log if part in line][count - 1 :]
+
+        line: str = until(found, f"{part!r} in the log")[0]
+        return line
 
     def start_bot(self, port: int, **options: Any) -> Any:
         options = {"host": "127.0.0.1", "port": port, "tls": False, **options}
@@ -2163,35 +2131,32 @@ class IrcBotCase(unittest.TestCase):
         return bot
 
     def stop_bot(self, bot: Any) -> None:
+        """Stop the bot, which has to end in STOP_SECONDS."""
         bot.stop()
         self.assertFalse(bot.is_alive())
 
-    def connect(self, port: int) -> IrcPeer:
-        peer = IrcPeer(socket.create_connection(("127.0.0.1", port), DEADLINE))
-        self.addCleanup(peer.close)
-        return peer
+
+def openssl(arguments: str) -> str:
+    words = ["openssl", *arguments.split()]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
 
 
-def make_certificate(folder: str) -> tuple[str, str]:
-    """A file with key and certificate for localhost, and the SHA-256 of the latter."""
-    path = os.path.join(folder, "both.pem")
+def make_certificate(folder: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """A file with key and certificate for localhost, which everybody may read, and its SHA-256."""
+    path = folder / "both.pem"
     openssl(
         f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 "
         f"-subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout {path} -out {path}"
     )
+    path.chmod(0o644)  # a server may give up being root
     digest = openssl(f"x509 -noout -fingerprint -sha256 -in {path}")
     return path, digest.partition("=")[2].strip().replace(":", "").lower()
 
 
-def openssl(arguments: str) -> str:
-    command = ["openssl", *arguments.split()]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+# ---- codec, session and options ---------------------------------------------------------------
 
 
-# ==== codecs
-
-
-class IrcCodecTest(unittest.TestCase):
+class IrcCodecTest(Case):
     def test_lines_are_parsed(self) -> None:
         for raw, line in [
             (b"PING x\r", fingerd.IrcLine({}, "", "PING", ["x"])),
@@ -2240,10 +2205,7 @@ class IrcCodecTest(unittest.TestCase):
             self.assertEqual(fingerd.reconnect_delay(10**9, jitter), 600)
 
 
-# ==== the session
-
-
-class IrcSessionTest(unittest.TestCase):
+class IrcSessionTest(Case):
     def test_registration(self) -> None:
         account = {"account": "finger", "password": "secret"}
         hello = [":irc.test 001 x :Welcome"]
@@ -2292,9 +2254,9 @@ class IrcSessionTest(unittest.TestCase):
             ("secret is wrong", account, ":s 904 * :secret is wrong", True),
             ("EXTERNAL are", account, ":s 908 * EXTERNAL :are available", True),
             ("banned", {}, ":s 465 * :You are banned", True),
-            ("no log-in by password", account, "CAP * LS :sasl=EXTERNAL", False),
-            ("does not let us", account, "CAP * NAK :sasl", False),
-            ("does not know how", account, ":s 001 x :Welcome", False),
+            ("offers no SASL PLAIN", account, "CAP * LS :sasl=EXTERNAL", False),
+            ("refuses SASL", account, "CAP * NAK :sasl", False),
+            ("has no SASL", account, ":s 001 x :Welcome", False),
             ("Too fast", {}, "ERROR :Too fast", False),
         ]:
             with self.subTest(title):
@@ -2477,9 +2439,9 @@ class IrcSessionTest(unittest.TestCase):
         self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
         talk.pass_time(59).hear("PONG x").pass_time(89)
         self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
-        with self.assertRaisesRegex(fingerd.IrcFailure, "silent"):
+        with self.assertRaisesRegex(fingerd.IrcFailure, "does not reply"):
             talk.pass_time(60)
-        with self.assertRaisesRegex(fingerd.IrcFailure, "did not register us"):
+        with self.assertRaisesRegex(fingerd.IrcFailure, "registration takes too long"):
             Talk().pass_time(60)
 
     def test_it_has_settled_after_a_minute(self) -> None:
@@ -2503,10 +2465,7 @@ class IrcSessionTest(unittest.TestCase):
                 talk.session.receive(line, talk.now)
 
 
-# ==== options
-
-
-class IrcOptionsTest(unittest.TestCase):
+class IrcOptionsTest(Case):
     def read(self, *words: str, **environ: str) -> fingerd.IrcOptions | None:
         with mock.patch.dict(os.environ, environ):
             return fingerd.irc_options(fingerd.parse_args([*words, "users"]))
@@ -2566,102 +2525,91 @@ class IrcOptionsTest(unittest.TestCase):
         self.read("--irc", "127.0.0.1", "--irc-account", "b", "--irc-plaintext", **secret)
 
 
-# ==== the bot against a server that plays tricks
+# ---- the bot against a server that misbehaves --------------------------------------------------
 
 
-class FakeServerCase(IrcBotCase):
+class FakeServerCase(IrcCase):
     def setUp(self) -> None:
         super().setUp()
-        self.server = socket.create_server(("127.0.0.1", 0))
+        self.server = self.keep(socket.create_server(("127.0.0.1", 0)))
         self.server.settimeout(DEADLINE)
-        self.addCleanup(self.server.close)
         self.port = self.server.getsockname()[1]
 
-    def accept(self, context: Any = None) -> IrcPeer:
+    def accept(self, context: Any = None) -> IrcEnd:
+        """The bot's next connection, with TLS if there is a context for it."""
         sock, _ = self.server.accept()
         if context:
             sock.settimeout(DEADLINE)
             sock = context.wrap_socket(sock, server_side=True)
-        peer = IrcPeer(sock)
-        self.addCleanup(peer.close)
-        return peer
-
-    def stop_soon(self, bot: Any) -> None:
-        started = time.monotonic()
-        bot.stop()
-        self.assertFalse(bot.is_alive())
-        self.assertLess(time.monotonic() - started, 2.0)
+        end: IrcEnd = self.keep(IrcEnd(sock))
+        return end
 
 
 class FakeServerTest(FakeServerCase):
     def test_it_answers_and_says_goodbye(self) -> None:
         bot = self.start_bot(self.port)
-        peer = self.accept().register()
-        peer.say(":ann!b@c PRIVMSG fingerbot :moshez")
-        self.assertEqual(peer.wait_for("PRIVMSG"), "PRIVMSG ann :moshez: Happy and well")
+        end = self.accept().register()
+        end.say(":ann!b@c PRIVMSG fingerbot :moshez")
+        self.assertEqual(end.hear("PRIVMSG"), "PRIVMSG ann :moshez: Happy and well")
         stopping = threading.Thread(target=bot.stop)
         stopping.start()
-        peer.wait_for("QUIT")
-        peer.close()
+        end.hear("QUIT")
+        end.close()
         stopping.join()
 
     def test_lines_may_come_in_any_pieces(self) -> None:
         self.start_bot(self.port)
-        peer = self.accept().register()
+        end = self.accept().register()
         for byte in "PING :é\r\nPING b\n\r\n:ann!b@c PRIVMSG fingerbot :moshez\r\n".encode():
-            peer.sock.send(bytes([byte]))
+            end.sock.send(bytes([byte]))
         for line in ("PONG é", "PONG b", "PRIVMSG ann :moshez: Happy and well"):
-            self.assertEqual(peer.file.readline().decode(), f"{line}\r\n")
+            self.assertEqual(end.hear(), line)
 
     def test_garbage_and_floods_are_survived(self) -> None:
         self.start_bot(self.port)
-        peer = self.accept().register()
-        peer.sock.sendall(bytes(range(256)) * 4000 + b"\n" * 10_000)
-        peer.sock.sendall(b"@" + b"x" * 1_000_000 + b"\r\n")
-        peer.sock.sendall(b":a!b@c PRIVMSG fingerbot :moshez\r\n" * 20_000 + b"PING end\r\n")
-        peer.wait_for("PONG end")
+        end = self.accept().register()
+        end.sock.sendall(bytes(range(256)) * 4000 + b"\n" * 10_000)
+        end.sock.sendall(b"@" + b"x" * 1_000_000 + b"\r\n")
+        end.sock.sendall(b":a!b@c PRIVMSG fingerbot :moshez\r\n" * 20_000 + b"PING end\r\n")
+        end.hear("PONG end")
 
     def test_it_comes_back(self) -> None:
         self.start_bot(self.port)
         self.accept().close()
-        self.log.wait_for("IRC: ")
-        peer = self.accept()
-        peer.say("ERROR :go away")
-        self.log.wait_for("IRC: the server says: go away; next attempt in 0 s")
-        peer = self.accept().register()
-        peer.close()
-        self.log.wait_for("IRC: ")
+        self.logged("IRC: ")
+        self.accept().say("ERROR :go away")
+        self.logged("IRC: the server says: go away; next attempt in 0 s")
+        self.accept().register().close()
+        self.logged("IRC: the server closed the connection")
         self.accept().register()
-        self.log.wait_for("registered as fingerbot")
+        self.logged("registered as fingerbot", 2)
 
     def test_it_notices_silence(self) -> None:
-        self.allow(silence=0.1, answer=0.1)
+        self.patch(IRC_SILENCE_SECONDS=0.1, IRC_ANSWER_SECONDS=0.1)
         self.start_bot(self.port)
-        peer = self.accept().register()
-        self.assertEqual(peer.file.readline(), b"PING fingerd\r\n")
-        self.log.wait_for("IRC: the server has gone silent")
+        end = self.accept().register()
+        self.assertEqual(next(end.file), b"PING fingerd\r\n")
+        self.logged("IRC: the server does not reply")
         self.accept()
 
     def test_it_notices_a_server_that_does_not_register_it(self) -> None:
-        self.allow(register=0.1)
+        self.patch(IRC_REGISTER_SECONDS=0.1)
         self.start_bot(self.port)
-        self.accept().wait_for("USER")
-        self.log.wait_for("IRC: the server did not register us in time")
+        self.accept().hear("USER")
+        self.logged("IRC: the registration takes too long")
 
     def failures(self, settled: float) -> list[int]:
-        """How many failures counted before each of five attempts; the last two were registered."""
+        """The count of failures after each of five connections; the last two were registered."""
         delay = mock.Mock(return_value=0.0)
-        self.allow(settled=settled)
-        with mock.patch.object(fingerd, "reconnect_delay", delay):
-            bot = self.start_bot(self.port)
-            for number in range(5):
-                peer = self.accept()
-                if number > 2:
-                    peer.register()
-                    self.log.wait_for("registered")
-                peer.close()
-                self.log.wait_for("next attempt")
-            bot.stop()
+        self.patch(IRC_SETTLED_SECONDS=settled, reconnect_delay=delay)
+        self.start_bot(self.port)
+        for number in range(1, 6):
+            end = self.accept()
+            if number > 3:
+                end.register()
+                self.logged("registered", number - 3)
+            end.close()
+            self.logged("next attempt", number)
         return [call[0][0] for call in delay.call_args_list][:5]
 
     def test_failures_count_while_no_connection_lasts(self) -> None:
@@ -2672,31 +2620,30 @@ class FakeServerTest(FakeServerCase):
 
     def test_a_refused_log_in_brings_the_longest_wait(self) -> None:
         account = {"account": "finger", "password": "secret"}
-        self.allow(retry=2.0, longest_retry=600.0)
-        bot = self.start_bot(self.port, **account)
-        peer = self.accept()
+        self.patch(IRC_RETRY_SECONDS=2.0, IRC_LONGEST_RETRY_SECONDS=600.0)
+        self.start_bot(self.port, **account)
+        end = self.accept()
         for heard, said in [
             ("USER", "CAP * LS :sasl"),
             ("CAP REQ sasl", "CAP * ACK :sasl"),
             ("AUTHENTICATE PLAIN", "AUTHENTICATE +"),
             ("AUTHENTICATE ", ":s 904 * :No secret"),
         ]:
-            peer.wait_for(heard)
-            peer.say(said)
-        line = self.log.wait_for("refuses us")
-        self.assertEqual(line, "IRC: the server refuses us (904): * No ***; next attempt in 600 s")
-        bot.stop()
+            end.hear(heard)
+            end.say(said)
+        line = self.logged("refuses us")
+        self.assertIn("IRC: the server refuses us (904): * No ***; next attempt in 600 s", line)
 
     def test_it_leaves_nothing_behind(self) -> None:
-        self.allow(retry=0.0)
+        self.patch(IRC_RETRY_SECONDS=0.0)
         self.start_bot(self.port)
         for number in range(1000):
-            peer = self.accept()
+            end = self.accept()
             if number == 10:
                 before = self.count_open()
             if number % 2:
-                peer.register()
-            peer.close()
+                end.register()
+            end.close()
         self.accept()
         self.assertLessEqual(self.count_open(), before + 3)
 
@@ -2714,17 +2661,17 @@ class FakeServerTest(FakeServerCase):
         # Once the queue of a server that accepts no one is full, no further connection is made.
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
             port = full.getsockname()[1]
-            self.connect(port)
+            self.keep(connect(port))
             with mock.patch.object(socket, "create_connection", watched):
                 bot = self.start_bot(port)
                 self.assertTrue(connecting.wait(DEADLINE))
-                self.stop_soon(bot)
+                self.stop_bot(bot)
 
     def test_it_stops_while_it_waits(self) -> None:
-        self.allow(retry=600.0, longest_retry=600.0)
+        self.patch(IRC_RETRY_SECONDS=600.0, IRC_LONGEST_RETRY_SECONDS=600.0)
         bot = self.start_bot(free_port())
-        self.log.wait_for("Connection refused; next attempt")
-        self.stop_soon(bot)
+        self.logged("Connection refused; next attempt")
+        self.stop_bot(bot)
 
     def test_every_address_of_a_name_is_tried(self) -> None:
         there = socket.getaddrinfo("127.0.0.1", self.port, type=socket.SOCK_STREAM)
@@ -2733,12 +2680,12 @@ class FakeServerTest(FakeServerCase):
         with mock.patch.object(socket, "getaddrinfo", answers):
             self.start_bot(self.port, host="irc.test")
             self.accept().register()
-            self.log.wait_for("registered")
+            self.logged("registered")
 
     def test_a_slow_look_up_is_of_use_to_the_next_attempt(self) -> None:
         hang = threading.Event()
         self.addCleanup(hang.set)
-        self.allow(connect=0.1)
+        self.patch(IRC_CONNECT_SECONDS=0.1)
         look_up = socket.getaddrinfo
 
         def slow(*arguments: Any, **options: Any) -> Any:
@@ -2747,16 +2694,16 @@ class FakeServerTest(FakeServerCase):
 
         with mock.patch.object(socket, "getaddrinfo", slow):
             self.start_bot(self.port)
-            self.log.wait_for("takes too long")
-            self.allow(connect=15.0)
+            self.logged("takes too long")
+            self.patch(IRC_CONNECT_SECONDS=15.0)
             hang.set()
             self.accept().register()
-            self.log.wait_for("registered")
+            self.logged("registered")
 
     def test_it_stops_while_a_name_is_looked_up(self) -> None:
         hang = threading.Event()
         self.addCleanup(hang.set)
-        self.allow(connect=0.1)
+        self.patch(IRC_CONNECT_SECONDS=0.1)
 
         def look_up(*_: Any, **__: Any) -> None:
             hang.wait()
@@ -2764,16 +2711,15 @@ class FakeServerTest(FakeServerCase):
 
         with mock.patch.object(socket, "getaddrinfo", look_up):
             bot = self.start_bot(self.port)
-            for _ in range(3):
-                self.log.wait_for("the look-up of 127.0.0.1 takes too long")
+            self.logged("the look-up of 127.0.0.1 takes too long", 3)
             dialers = [thread for thread in threading.enumerate() if thread.name == "irc-dialer"]
             self.assertEqual(len(dialers), 1)
-            self.stop_soon(bot)
+            self.stop_bot(bot)
 
     def test_names_that_do_not_exist(self) -> None:
         for host in ("does-not-exist.invalid", "a..b", "x" * 70):
             self.start_bot(6667, host=host)
-            self.log.wait_for(f"IRC: cannot look up {host}: ")
+            self.logged(f"IRC: cannot look up {host}: ")
 
 
 @unittest.skipUnless(shutil.which("openssl"), "openssl makes the certificate")
@@ -2782,25 +2728,25 @@ class TlsTest(FakeServerCase):
     def setUpClass(cls) -> None:
         import ssl
 
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.certificate, cls.fingerprint = make_certificate(folder.name)
+        folder = new_folder()
+        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.certificate, cls.fingerprint = make_certificate(folder)
         cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         cls.context.load_cert_chain(cls.certificate)
 
     def serve_one(self) -> None:
-        peer = self.accept(self.context).register()
-        peer.say(":ann!b@c PRIVMSG fingerbot :moshez")
-        peer.wait_for("PRIVMSG ann :moshez: Happy and well")
-        peer.sock.sendall(b"x" * 50_000 + b"\nPING end\n")
-        peer.wait_for("PONG end")
+        end = self.accept(self.context).register()
+        end.say(":ann!b@c PRIVMSG fingerbot :moshez")
+        end.hear("PRIVMSG ann :moshez: Happy and well")
+        end.sock.sendall(b"x" * 50_000 + b"\nPING end\n")
+        end.hear("PONG end")
 
     def test_a_certificate_is_trusted_by_its_digest(self) -> None:
         self.start_bot(self.port, tls=True, fingerprint=self.fingerprint)
         self.serve_one()
 
     def test_a_certificate_is_trusted_by_its_authority(self) -> None:
-        with mock.patch.dict(os.environ, SSL_CERT_FILE=self.certificate):
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=str(self.certificate)):
             self.start_bot(self.port, tls=True, host="localhost")
         self.serve_one()
 
@@ -2810,67 +2756,69 @@ class TlsTest(FakeServerCase):
             ({"host": "127.0.0.1"}, "bad certificate: IP address mismatch"),
             ({"fingerprint": "ab" * 32}, f"bad certificate: its SHA-256 is {self.fingerprint}"),
         ]:
-            trusted = self.certificate if "host" in options else ""
+            trusted = str(self.certificate) if "host" in options else ""
             with self.subTest(problem), mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
                 bot = self.start_bot(self.port, tls=True, **{"host": "localhost", **options})
                 with contextlib.suppress(OSError):
                     self.accept(self.context)
-                self.log.wait_for(problem)
-                bot.stop()
+                self.logged(problem)
+                self.stop_bot(bot)
 
     def test_a_server_without_tls_is_recognised(self) -> None:
-        for greeting in (b":irc.test NOTICE * :Looking up your hostname\r\n", b""):
+        for count, lines in enumerate([[":irc.test NOTICE * :Looking up your hostname"], []], 1):
             bot = self.start_bot(self.port, tls=True)
-            peer = self.accept()
-            peer.sock.sendall(greeting)
-            peer.close()
-            self.log.wait_for("--irc-plaintext")
-            bot.stop()
+            end = self.accept()
+            end.say(*lines)
+            end.close()
+            self.logged("--irc-plaintext", count)
+            self.stop_bot(bot)
 
     def test_it_stops_in_the_middle_of_a_handshake(self) -> None:
         bot = self.start_bot(self.port, tls=True)
         self.accept().sock.recv(1)
-        self.stop_soon(bot)
+        self.stop_bot(bot)
 
     def test_a_handshake_takes_no_longer_than_it_may(self) -> None:
-        self.allow(tls=0.1)
+        self.patch(IRC_TLS_SECONDS=0.1)
         self.start_bot(self.port, tls=True)
         self.accept()
-        self.log.wait_for("no TLS ")
+        self.logged("no TLS ")
 
 
-# ==== the bot on real servers
+# ---- the bot on real servers -------------------------------------------------------------------
 
 
-class RealServerCase(IrcBotCase):
+class RealServerCase(IrcCase):
     """The same tests for each server, which speaks plain and TLS."""
 
-    program = ""
-    ready = b""  # what it says when it accepts connections
-    command = ""
+    command = ""  # the configuration file comes last
+    ready = b""  # in the server's output when it accepts connections
     configuration = ""
 
     @classmethod
     def setUpClass(cls) -> None:
-        if not shutil.which(cls.program) or not shutil.which("openssl"):
-            raise unittest.SkipTest(f"{cls.program} and openssl are not both installed")
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        os.chmod(folder.name, 0o755)  # the server may give up being root
+        program = cls.command.partition(" ")[0]
+        if not shutil.which(program, path=PATH) or not shutil.which("openssl"):
+            raise unittest.SkipTest(f"without {program} and openssl")
+        folder = new_folder()
+        cls.addClassCleanup(shutil.rmtree, folder)
         cls.port, cls.tls_port = free_port(), free_port()
-        certificate, cls.fingerprint = make_certificate(folder.name)
-        os.chmod(certificate, 0o644)
-        cls.path = os.path.join(folder.name, "ircd.conf")
-        with open(cls.path, "w") as file:
-            ports = {"port": cls.port, "tls_port": cls.tls_port}
-            file.write(cls.configuration.format(certificate=certificate, **ports))
+        certificate, cls.fingerprint = make_certificate(folder)
+        values = {"port": cls.port, "tls_port": cls.tls_port, "certificate": certificate}
+        cls.path = folder / "ircd.conf"
+        cls.path.write_text(cls.configuration.format(**values))
         cls.start_server()
         cls.addClassCleanup(cls.end_server)
 
     @classmethod
     def start_server(cls) -> None:
-        command = [*cls.command.split(), cls.path]
-        cls.server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        cls.server = subprocess.Popen(
+            [*cls.command.split(), str(cls.path)],
+            env={**os.environ, "PATH": PATH},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert cls.server.stdout
         while cls.ready not in cls.server.stdout.readline():
             pass
 
@@ -2879,17 +2827,18 @@ class RealServerCase(IrcBotCase):
         cls.server.kill()
         cls.server.communicate()
 
-    def ask(self, nick: str = "ann") -> IrcPeer:
-        peer = self.connect(self.port)
-        peer.say(f"NICK {nick}", "USER ann 0 * :Ann")
-        peer.wait_for(" 001 ")
-        return peer
+    def person(self, nick: str = "ann") -> IrcEnd:
+        """A person who is registered with the server."""
+        end: IrcEnd = self.keep(IrcEnd(connect(self.port)))
+        end.say(f"NICK {nick}", "USER ann 0 * :Ann")
+        end.hear(" 001 ")
+        return end
 
     def test_it_answers_over_tls_in_private_and_in_a_channel(self) -> None:
         tls = {"tls": True, "fingerprint": self.fingerprint}
         self.start_bot(self.tls_port, channels=("#office",), **tls)
-        self.log.wait_for("joined")
-        ann = self.ask()
+        self.logged("joined")
+        ann = self.person()
         for said, heard in [
             ("JOIN #office", " 366 "),
             ("PRIVMSG fingerbot moshez", "PRIVMSG ann :moshez: Happy and well"),
@@ -2897,54 +2846,53 @@ class RealServerCase(IrcBotCase):
             ("PRIVMSG fingerbot :\x01VERSION\x01", "NOTICE ann :\x01VERSION fingerd"),
         ]:
             ann.say(said)
-            ann.wait_for(heard)
+            ann.hear(heard)
         ann.say("PRIVMSG fingerbot long")
-        received = f"{ann.wait_for('PRIVMSG ann :long: ')}\r\n"
+        received = f"{ann.hear('PRIVMSG ann :long: ')}\r\n"
         self.assertRegex(received, ":long: é+\r\n$")
         self.assertIn(len(received.encode()), (511, 512))
         self.store.set("moshez", "Giving a tutorial now, sorry!")
-        ann.wait_for("PRIVMSG #office :moshez: Giving a tutorial now, sorry!")
+        ann.hear("PRIVMSG #office :moshez: Giving a tutorial now, sorry!")
 
     def test_tls_where_there_is_none(self) -> None:
-        self.allow(tls=0.1)
+        self.patch(IRC_TLS_SECONDS=0.1)
         self.start_bot(self.port, tls=True)
-        self.log.wait_for("--irc-plaintext")
+        self.logged("--irc-plaintext")
 
     def test_a_taken_nick_is_regained(self) -> None:
-        holder = self.ask("fingerbot")
-        self.allow(silence=0.5)
+        holder = self.person("fingerbot")
+        self.patch(IRC_SILENCE_SECONDS=0.5)
         self.start_bot(self.port, channels=("#lobby",))
-        self.log.wait_for("registered as fingerbo_")
-        self.log.wait_for("joined")
+        self.logged("registered as fingerbo_")
+        self.logged("joined")
         holder.say("JOIN #lobby")
-        holder.wait_for(" 366 ")
+        holder.hear(" 366 ")
         holder.say("NICK away")
-        holder.wait_for("NICK :fingerbot")
+        holder.hear("NICK :fingerbot")
         holder.say("PRIVMSG fingerbot moshez")
-        holder.wait_for(":fingerbot!")
+        holder.hear(":fingerbot!")
 
     def test_it_returns_to_a_server_that_was_killed(self) -> None:
         self.start_bot(self.port)
-        self.log.wait_for("registered")
+        self.logged("registered")
         self.end_server()
-        self.log.wait_for("Connection refused")
+        self.logged("Connection refused")
         self.start_server()
-        self.log.wait_for("registered")
+        self.logged("registered", 2)
 
     def test_it_leaves_a_server_that_stands_still(self) -> None:
-        self.allow(silence=0.2, answer=0.5, register=5.0)
+        self.patch(IRC_SILENCE_SECONDS=0.2, IRC_ANSWER_SECONDS=0.5, IRC_REGISTER_SECONDS=5.0)
         self.start_bot(self.port)
-        self.log.wait_for("registered")
+        self.logged("registered")
         self.server.send_signal(signal.SIGSTOP)
-        self.log.wait_for("silent")
+        self.logged("does not reply")
         self.server.send_signal(signal.SIGCONT)
-        self.log.wait_for("registered")
+        self.logged("registered", 2)
 
 
 class NgircdTest(RealServerCase):
-    program = "ngircd"
-    ready = b" ready."
     command = "ngircd -n -f"
+    ready = b" ready."
     configuration = """
         [Global]
         Name = irc.test
@@ -2968,9 +2916,8 @@ class NgircdTest(RealServerCase):
 
 
 class InspircdTest(RealServerCase):
-    program = "inspircd"
-    ready = b"is now running"
     command = "inspircd --nofork --nolog --nopid --runasroot --config"
+    ready = b"is now running"
     configuration = """
         <server name="irc.test" description="test" network="Test" id="0AA">
         <admin name="test" nick="test" email="test@irc.test">
