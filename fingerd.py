@@ -35,6 +35,7 @@ import errno
 import fcntl
 import functools
 import grp
+import hashlib
 import heapq
 import html
 import http
@@ -61,7 +62,6 @@ import time
 import types
 import urllib.parse
 import xml.parsers.expat
-import zlib
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _import_servers() -> None:
     That is 20 ms less of 100 until the first answer, and 8 MiB less of 28. Should that fail in
     some later Python, the plain imports below bring all of it.
     """
-    unused = ("email.utils", "gzip", "http.client", "inspect", "pydoc", "shutil")
+    unused = ("email.utils", "gzip", "http.client", "shutil")
     stand_ins = {name: _StandIn(name) for name in unused if name not in sys.modules}
     sys.modules.update(stand_ins)
     vars(http).setdefault("client", stand_ins.get("http.client"))
@@ -116,8 +116,8 @@ MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take
 MAX_BODY = 65_536  # bytes of a request body
 MAX_PAGE_USERS = 1_000  # users on the web page
 MAX_FEED = 50  # entries of a feed
-MAX_PAGES = 1_000  # web pages that are remembered, and answers to XML-RPC calls
-MAX_REMEMBERED_CALL = 512  # bytes of such a call, which leave no room for many users
+MAX_PAGES = 256  # users' pages that are remembered, each of 20 kB at most
+MAX_SHORT_LIST = 100  # users whose list is made at once; that of more takes long
 MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 
@@ -305,7 +305,6 @@ _TELNET = re.compile(rb"(?:[ \t]|\xff[\xfb-\xfe].|\xff\xfa.*?\xff\xf0|\xff[\xf1-
 _LINE_END = re.compile(rb"\r?\n|\r\0")
 
 
-@functools.lru_cache(maxsize=256)  # most ask for the same few: 2.2 µs less per answer
 def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     """The query in what a client has sent so far, or None while its line has not ended.
 
@@ -377,9 +376,9 @@ def plain_time(when: float) -> str:
     return format_utc(when, "%Y-%m-%d %H:%M UTC")
 
 
-@functools.lru_cache(maxsize=1024)  # the Date header is made once a second: 3 µs less per answer
+@functools.lru_cache(maxsize=16)  # 16 short strings: each response has the Date
 def http_time(second: int) -> str:
-    """`second` as HTTP writes it (RFC 9110, section 5.6.7)."""
+    """`second` (since 1970) as HTTP writes it (RFC 9110, section 5.6.7)."""
     return format_utc(second, "%a, %d %b %Y %H:%M:%S GMT")
 
 
@@ -423,9 +422,11 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     return 417 if headers.get("expect", "100-continue").lower() != "100-continue" else 0
 
 
-@functools.lru_cache(maxsize=256)  # a client repeats itself: 9 µs less per kept-alive request
-def judge_http_head(head: bytes) -> HttpHead:
-    """What a complete request head asks, read strictly: a doubtful one could be smuggled."""
+def parse_complete_head(head: bytes) -> HttpHead:
+    """The request in a complete head.
+
+    It is read strictly: a proxy and a server that read a head differently can be tricked with it.
+    """
     match = _HEAD.fullmatch(head)
     if not match:
         return HttpHead(400)
@@ -465,7 +466,7 @@ def parse_http_head(data: bytes, ended: bool) -> HttpHead | None:
             return HttpHead(414)
         if len(head) > MAX_HTTP_HEAD or max(sizes) > MAX_HTTP_LINE:
             return HttpHead(431)
-    return judge_http_head(head) if end else None
+    return parse_complete_head(head) if end else None
 
 
 def format_http_head(status: int, headers: Mapping[str, str]) -> bytes:
@@ -479,48 +480,55 @@ def path_user(path: str) -> str:
     return clean(decode(urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))))
 
 
-def weigh(accept: str, media_type: str) -> float:
-    """How much an Accept header wants `media_type`, 0 to 1; the most specific range counts."""
+def parse_accept(accept: str) -> dict[str, float]:
+    """The first MAX_RANGES media ranges of an Accept header and their weights, 0 to 1."""
     weights: dict[str, float] = {}
     for part in accept.lower().split(",", MAX_RANGES)[:MAX_RANGES]:
-        media_range, *parameters = [word.strip() for word in part.split(";")]
+        media_range, *parameters = map(str.strip, part.split(";"))
         weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
         if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight):
             weights[media_range] = max(float(weight), weights.get(media_range, 0.0))
-    ranges = [media_type, media_type.split("/")[0] + "/*", "*/*"]
-    return next((weights[name] for name in ranges if name in weights), 0.0)
+    return weights
 
 
 # ---- pages -------------------------------------------------------------------------------------
 
-FORMATS = {  # what a web client may ask for, by Accept or by ?format=
+FORMATS = {  # that a web client may ask for, by ?format= or by Accept
     "html": "text/html",
     "text": "text/plain",
     "json": "application/json",
     "atom": "application/atom+xml",
 }
+OTHER_TYPES = {"atom": ["application/rss+xml", "application/xml"]}  # that feed readers may name
 
 
-@functools.lru_cache(maxsize=256)
 def choose_format(query: str, accept: str) -> str:
-    """The name in FORMATS that a request wants most, "" where it is none of them."""
+    """The name in FORMATS that a request prefers, or "" if it accepts none of them.
+
+    Each format has the weight of the most specific range that admits it. Among equal weights, a
+    named type comes before one that a wildcard admits; then the client's order decides, then ours.
+    """
     asked = urllib.parse.parse_qs(query).get("format")
     if asked:
         return asked[-1] if asked[-1] in FORMATS else ""
-    weights = {name: weigh(accept or "*/*", media_type) for name, media_type in FORMATS.items()}
-    best = max(FORMATS, key=weights.__getitem__)
-    return best if weights[best] else ""
+    weights = parse_accept(accept or "*/*")
+    order = list(weights)
+    ranks = {}
+    for name, media_type in FORMATS.items():
+        major = media_type.split("/")[0]
+        ranges = [media_type, *OTHER_TYPES.get(name, []), f"{major}/*", "*/*"]
+        found = next((media_range for media_range in ranges if media_range in weights), "")
+        if found and weights[found]:
+            ranks[name] = weights[found], -MAX_RANGES if "*" in found else -order.index(found)
+    return max(ranks, key=ranks.__getitem__) if ranks else ""
 
 
 def digest(pieces: Iterable[bytes]) -> str:
-    """What tells these bytes from others, in every process alike, on any machine.
-
-    hash() differs from process to process, and hashlib loads OpenSSL: 2.5 ms and 3 MiB at start.
-    """
-    crc = size = 0
+    """A short hash of these bytes, the same in every process and on every machine."""
+    sha256 = hashlib.sha256()
     for piece in pieces:
-        crc, size = zlib.crc32(piece, crc), size + len(piece)
-    return f"{crc:08x}-{size:x}"
+        sha256.update(piece)
+    return sha256.hexdigest()[:20]
 
 
 STYLE = """
@@ -534,7 +542,7 @@ dd { margin: 0 }
 time { white-space: nowrap }
 time, footer { opacity: .7; font-size: .9rem }
 """
-STYLE_SHA256 = "p9P+gZStaLQA1iL8y7C7SC6/0WN80OI1Wo5HcskBXQc="
+STYLE_SHA256 = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 CONTENT_SECURITY_POLICY = (
     f"default-src 'none'; style-src 'sha256-{STYLE_SHA256}'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -577,7 +585,7 @@ ATOM_ENTRY = """<entry>
 
 
 def html_page(title: str, main: str, url: str = "") -> str:
-    """A whole page around `main`; both that and `url`, where there is a feed, are HTML already."""
+    """A whole page around `main`; if there is a feed, it is that of `url`. Both are HTML."""
     feed = f'<link rel="alternate" type="application/atom+xml" href="{url}?format=atom">\n'
     return HTML_PAGE.format(
         title=html.escape(title), main=main, feed=feed if url else "", style=STYLE
@@ -590,60 +598,68 @@ def html_time(when: float) -> str:
 
 
 def html_error(title: str, words: str) -> str:
-    """The page that says `words` below `title`."""
+    """A page with `words` below `title`."""
     return html_page(title, f"<h1>{html.escape(title)}</h1><p>{html.escape(words)}</p>")
 
 
 def json_status(user: str, text: str, since: float) -> str:
+    """A user's status as a JSON object."""
     return json.dumps({"user": user, "status": text, "since": iso_time(since)}, ensure_ascii=False)
 
 
 def user_url(base: str, user: str) -> str:
-    """The user's URL below `base`; everybody's where `user` is ""."""
+    """The URL of a user's page below `base`, or for "" that of everybody's page."""
     return base + urllib.parse.quote(user, safe="")
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
-PARSE_ERROR, INVALID_REQUEST, NO_METHOD = -32700, -32600, -32601  # the codes of "Specification for
-INVALID_PARAMS, FAULT_INSIDE = -32602, -32603  # Fault Code Interoperability" (Dan Libby, 2001)
-DENIED = -32500
+# Fault codes, from "Specification for Fault Code Interoperability" (Dan Libby, 2001).
+PARSE_ERROR, INVALID_REQUEST, NO_METHOD = -32700, -32600, -32601
+INVALID_PARAMS, FAULT_INSIDE, DENIED = -32602, -32603, -32500
 XML_ENCODINGS = "utf-?(8|16)([bl]e)?|us-ascii|iso-8859-1?[0-9]|windows-125[0-9]|koi8-[ru]"
 
 
 def _refuse_doctype(*_declaration: object) -> None:
-    """Ends the parse: entities, which can expand without bounds, need a DOCTYPE."""
+    """End the parse: a DOCTYPE may declare entities, which can expand without bound."""
     raise ValueError("a DOCTYPE is not accepted")
 
 
 def _refuse_encoding(_version: str, encoding: str | None, _standalone: int) -> None:
-    """Ends the parse of what is declared to be anything odd: Python remembers every name it tried.
+    """End the parse unless the encoding is a usual one.
 
-    So a stranger could fill the memory, 60 kB at a time.
+    Python remembers each name of an encoding that it looks up, so clients could fill the memory.
     """
     if encoding and not re.fullmatch(XML_ENCODINGS, encoding, re.ASCII | re.IGNORECASE):
         raise ValueError("an unknown encoding")
 
 
-def parse_rpc_call(body: bytes) -> tuple[str, tuple[Any, ...]] | xmlrpc.client.Fault:
-    """The method and the parameters in `body`, whatever encoding it declares, or what is wrong."""
+class RpcCall(NamedTuple):
+    """A call of a method, or the fault that answers a request without one."""
+
+    method: str = ""
+    params: tuple[Any, ...] = ()
+    fault: xmlrpc.client.Fault | None = None
+
+
+def parse_rpc_call(body: bytes) -> RpcCall:
+    """The method and the parameters in the body of a request, or the fault that answers it."""
     target = xmlrpc.client.Unmarshaller()
     parser = xml.parsers.expat.ParserCreate()
     parser.StartElementHandler, parser.EndElementHandler = target.start, target.end
     parser.CharacterDataHandler = target.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
     parser.XmlDeclHandler = _refuse_encoding
+    method, fault = None, xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
     try:
         target.xml(None, None)  # type: ignore[arg-type]  # it is given text, not bytes
         parser.Parse(body, True)
         params, method = target.close(), target.getmethodname()
-    except xmlrpc.client.Fault:  # a posted <methodResponse> that holds a fault
-        method = None
-    except Exception:  # expat and the unmarshaller raise whatever broken input makes them raise
-        return xmlrpc.client.Fault(PARSE_ERROR, "not well-formed XML-RPC")
-    if method is None:
-        return xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
-    return method, params
+    except xmlrpc.client.Fault:
+        pass  # a posted <methodResponse> that holds a fault
+    except Exception:  # the unmarshaller lets broken input raise almost anything
+        fault = xmlrpc.client.Fault(PARSE_ERROR, "not well-formed XML-RPC")
+    return RpcCall(fault=fault) if method is None else RpcCall(method, params)
 
 
 # ---- IRC (RFC 2812, modern.ircdocs.horse, IRCv3) ---------------------------------------------
@@ -1142,19 +1158,19 @@ def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: st
 
 
 class Page(NamedTuple):
-    """All of a response that no single request decides, so that it can be remembered."""
+    """The part of a response that is the same for every request."""
 
     status: int
     headers: dict[str, str]
     pieces: list[bytes]
-    modified: int = 0  # from this second on it is what it is; 0 where nobody can say
+    modified: int = 0  # the second after its last change, since 1970; 0 if that is not known
 
 
 def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
-    """The page of `texts`, which became what it is at `since`."""
+    """The page of `texts`, which changed last at `since`."""
     texts = iter(texts)
     blocks = iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b"")
-    pieces = [  # small ones, for each who is slow to take them holds a copy of the first
+    pieces = [  # small ones, since each client that reads slowly holds a copy of one
         block[start : start + BLOCK_BYTES]
         for block in blocks
         for start in range(0, len(block), BLOCK_BYTES)
@@ -1172,13 +1188,13 @@ def make_page(status: int, media_type: str, texts: Iterable[str], since: float =
 
 
 def error_page(status: int, words: str = "") -> Page:
-    """The page that says no more than its status, and perhaps why."""
+    """A page with the status and `words`, or the status's usual phrase."""
     phrase = http.HTTPStatus(status).phrase
     return make_page(status, "text/html", [html_error(str(status), words or phrase)])
 
 
 def finger_links(user: str, policy: Policy) -> list[str]:
-    """How to finger the user, in HTML: the command, and the same as a link."""
+    """How to finger the user, in HTML: the command, and a link."""
     host, port = policy.finger_host, policy.finger_port
     if not port:
         return []
@@ -1191,7 +1207,7 @@ def finger_links(user: str, policy: Policy) -> list[str]:
 
 
 def user_html(user: str, status: Status, base: str, policy: Policy) -> str:
-    """The page of one user; `base` is everybody's URL, escaped."""
+    """The page of one user; `base` is the URL of everybody's page, escaped."""
     url = user_url(base, user)
     links = [
         f'<a href="{base}">everybody</a>',
@@ -1206,7 +1222,7 @@ def user_html(user: str, status: Status, base: str, policy: Policy) -> str:
 
 
 def list_html(now: Snapshot, base: str, policy: Policy) -> str:
-    """The page at /: the users, unless they are private, and how to use the place."""
+    """The page at /: how to ask for a user and, unless that is private, the users."""
     usage = "<h1>fingerd</h1>\n<p>usage: site/user</p>\n"
     if policy.private:
         return html_page("fingerd", usage)
@@ -1221,93 +1237,92 @@ def list_html(now: Snapshot, base: str, policy: Policy) -> str:
     return html_page("fingerd", usage + users + more + footer, base)
 
 
-def newest(now: Snapshot) -> list[tuple[str, Status]]:
-    return heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
-
-
 class WebAnswers:
-    """The pages of the store's users; each is made once for a version of the store."""
+    """The pages of the store's users.
+
+    It remembers the last list of everybody in each format (as long as the statuses in it), the
+    newest statuses, and MAX_PAGES users' pages of 20 kB at most. Feeds and pages about unknown
+    names are made for each request.
+    """
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
-        self._base = html.escape(policy.public_url or "/")  # everybody's page
-        self._made: tuple[int, dict[object, Any]] = (0, {})  # by the store's version
+        self._base = html.escape(policy.public_url or "/")  # the URL of everybody's page
+        self._lists: dict[str, tuple[int, Any]] = {}  # and the store's version, by format
+        self._remembered = functools.lru_cache(MAX_PAGES)(self._user)
 
-    def once(self, version: int, key: object, make: Callable[[], T]) -> T:
-        """What `make` makes of this version of the store, remembered under `key` until another."""
-        made_of, made = self._made
-        if made_of != version:
-            made = {}
-            self._made = version, made
-        value: T | None = made.get(key)
-        if value is None:
-            value = make()
-            if len(made) >= MAX_PAGES:
-                made.clear()
-            made[key] = value
-        return value
+    def is_long(self, head: HttpHead) -> bool:
+        """Whether `page` takes long, since a list of many users must be made."""
+        now = self._store.snapshot()
+        if head.path != "/" or self._policy.private or now.size() <= MAX_SHORT_LIST:
+            return False
+        name = choose_format(head.query, head.headers.get("accept", ""))
+        return name != "" and self._lists.get(name, (-1,))[0] != now.version
 
     def page(self, head: HttpHead) -> Page:
         """The page that a GET asks for."""
         name = choose_format(head.query, head.headers.get("accept", ""))
         if not name:
             return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
-        now, base = self._store.snapshot(), self._base
-        if name != "atom" or self._policy.public_url:
-            key = name, head.path
-            return self.once(now.version, key, lambda: self._make(now, name, head.path, base))
-        host = head.headers.get("host") or self._policy.finger_host
-        page = self._make(now, name, head.path, f"http://{html.escape(host)}/")
-        page.headers["Cache-Control"] = "private, no-cache"  # for its links, which are absolute
-        return page
-
-    def _make(self, now: Snapshot, name: str, path: str, base: str) -> Page:
-        """The page in the format `name` for a path."""
-        if path == "/":
-            return self._everybody(now, name, base)
-        user = path_user(path)
+        now = self._store.snapshot()
+        if head.path == "/":
+            if self._policy.private and name != "html":
+                return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
+            version, listed = self._lists.get(name, (-1, None))
+            if version != now.version:
+                listed = self._everybody(now, name)
+                self._lists[name] = now.version, listed
+            return self._feed(now, "", listed, head) if name == "atom" else listed
+        user = path_user(head.path)
         status = now.get(user)
         if status is None:
             return self._nobody(name, user[:MAX_NAME])
         if name == "atom":
-            return self._feed(now, base, user, [(user, status)])
+            return self._feed(now, user, [(user, status)], head)
+        return self._remembered(name, user, status)
+
+    def _user(self, name: str, user: str, status: Status) -> Page:
+        """The page of one user in the format `name`."""
         if name == "html":
-            text = user_html(user, status, base, self._policy)
+            text = user_html(user, status, self._base, self._policy)
         else:
             text = (status.text if name == "text" else json_status(user, *status)) + "\n"
         return make_page(200, FORMATS[name], [text], status.since)
 
     def _nobody(self, name: str, user: str) -> Page:
+        """The page that says that there is no such user."""
         error = json.dumps({"user": user, "error": NO_SUCH_USER})
         texts = {"text": NO_SUCH_USER + "\n", "json": error + "\n"}
         if name in texts:
             return make_page(404, FORMATS[name], [texts[name]])
         return make_page(404, FORMATS["html"], [html_error(user, NO_SUCH_USER)])
 
-    def _everybody(self, now: Snapshot, name: str, base: str) -> Page:
-        """The list of all users in the format `name`."""
-        if self._policy.private and name != "html":
-            return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
+    def _everybody(self, now: Snapshot, name: str) -> Any:
+        """The list of all users in the format `name`, or the statuses that a feed holds."""
         if name == "atom":
-            return self._feed(now, base, "", self.once(now.version, "newest", lambda: newest(now)))
+            return heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
         if name == "html":
-            texts: Iterable[str] = [list_html(now, base, self._policy)]
+            texts: Iterable[str] = [list_html(now, self._base, self._policy)]
         elif name == "text":
             texts = (format_users_line(user, status.text) for user, status in now.users())
         else:
             objects = (json_status(user, *status) for user, status in now.users())
             others = (",\n" + each for each in objects)
             texts = itertools.chain(["[", next(objects, "")], others, ["]\n"])
-        return make_page(200, FORMATS[name], texts, now.changed)
+        since = -1 if self._policy.private else now.changed  # which would tell of messages
+        return make_page(200, FORMATS[name], texts, since)
 
     def _feed(
-        self, now: Snapshot, base: str, user: str, statuses: list[tuple[str, Status]]
+        self, now: Snapshot, user: str, statuses: list[tuple[str, Status]], head: HttpHead
     ) -> Page:
         """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest stands first.
 
-        An entry's id stays the same as long as its text does, after a restart too.
+        Its links are absolute. Without a public URL, they lead to the host in the request. An
+        entry's id is the same as long as its text is, also after a restart.
         """
-        root = html.escape(self._policy.public_url or f"finger://{self._policy.finger_host}/")
+        public, host = self._policy.public_url, self._policy.finger_host
+        base = html.escape(public or f"http://{head.headers.get('host') or host}/")
+        root = html.escape(public or f"finger://{host}/")
         updated = statuses[0][1].since if statuses else now.changed
         entries = [
             ATOM_ENTRY.format(
@@ -1326,11 +1341,14 @@ class WebAnswers:
             url=user_url(base, user),
             entries="".join(entries),
         )
-        return make_page(200, FORMATS["atom"], [feed], updated)
+        page = make_page(200, FORMATS["atom"], [feed], updated)
+        if not public:
+            page.headers["Cache-Control"] = "private, no-cache"
+        return page
 
 
 def is_unchanged(head: HttpHead, page: Page) -> bool:
-    """Whether the client has the page already (RFC 9110, section 13.1; a date must be the same)."""
+    """Whether the client has the page (RFC 9110, section 13.1; a date counts if it is the same)."""
     known = head.headers.get("if-none-match")
     if known is not None:
         return known == "*" or page.headers["ETag"] in re.findall(r'"[^"]*"', known)
@@ -1338,7 +1356,7 @@ def is_unchanged(head: HttpHead, page: Page) -> bool:
 
 
 def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
-    """The response with `page` to the request `head` at the time `now`, ready to be sent."""
+    """The response with `page` to the request `head` at the time `now`, in pieces."""
     headers = {"Date": http_time(int(now)), **page.headers}
     if 0 < page.modified <= now:
         headers["Last-Modified"] = http_time(page.modified)
@@ -1355,75 +1373,95 @@ def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
-RPC_METHODS = {  # the types of the result and of the parameters, and what it is good for
-    "getUser": (["string", "string"], "The user's status, or 'No such user'."),
-    "listUsers": (["struct"], f"Up to {MAX_RPC_USERS} users with their statuses."),
-    "system.listMethods": (["array"], "The names of all methods."),
-    "system.methodHelp": (["string", "string"], "What a method does."),
-    "system.methodSignature": (["array", "string"], "The types a method takes."),
-    "system.multicall": (["array", "array"], f"Up to {MAX_MULTICALL} calls at once."),
+LIST_USERS = RpcCall("listUsers")
+RPC_TYPES = {  # of each method's result, then of its parameters
+    "getUser": ["string", "string"],
+    "listUsers": ["struct"],
+    "system.listMethods": ["array"],
+    "system.methodHelp": ["string", "string"],
+    "system.methodSignature": ["array", "string"],
+    "system.multicall": ["array", "array"],
 }
 
 
-def rpc_method(name: str) -> tuple[list[str], str]:
-    """What RPC_METHODS says of the method; raises a Fault where there is none."""
-    if name not in RPC_METHODS:
-        raise xmlrpc.client.Fault(NO_METHOD, "no such method")
-    return RPC_METHODS[name]
-
-
 class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
-    """The XML-RPC methods; a Fault says what the caller did wrong, and nothing about us."""
+    """The XML-RPC methods, registered as the library documents.
+
+    `page` takes the place of the library's `_marshaled_dispatch`: a call is parsed by
+    `parse_rpc_call`, which refuses a DOCTYPE, and a fault never holds a Python exception. What is
+    overridden below adds limits and checks the types of parameters.
+    """
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
-        super().__init__(allow_none=False, encoding="utf-8")
+        super().__init__()
         self._store, self._policy = store, policy
-        self.funcs: dict[str, Any] = {"getUser": self._get_user, "listUsers": self._list_users}
+        self._listed: tuple[int, Page] | None = None  # the store's version, and its listUsers
+        self.register_function(self._get_user, "getUser")
+        self.register_function(self._list_users, "listUsers")
         self.register_introspection_functions()
         self.register_multicall_functions()
 
-    def _get_user(self, name: str) -> str:
-        status = self._store.get(clean(name))
-        return status.text if status else NO_SUCH_USER
+    def is_long(self, call: RpcCall) -> bool:
+        """Whether `page` takes long: many calls at once, or a list that must be made."""
+        if call != LIST_USERS:
+            return call.method == "system.multicall"
+        now = self._store.snapshot()
+        return now.size() > MAX_SHORT_LIST and (self._listed or (-1,))[0] != now.version
 
-    def _list_users(self) -> dict[str, str]:
+    def page(self, call: RpcCall) -> Page:
+        """The response to a call; the one to listUsers is made once for a version of the store."""
+        version, listed = self._store.version, self._listed
+        if call == LIST_USERS and listed and listed[0] == version:
+            return listed[1]
+        try:
+            answer: Any = call.fault or (self._dispatch(call.method, call.params),)
+        except xmlrpc.client.Fault as fault:
+            answer = fault
+        page = make_page(200, "text/xml", [xmlrpc.client.dumps(answer, methodresponse=True)])
+        if call == LIST_USERS:
+            self._listed = version, page
+        return page
+
+    def _dispatch(self, method: str, params: Any) -> Any:
+        """The method's result; raises a Fault if it is unknown or has wrong parameters."""
+        if method not in RPC_TYPES:
+            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
+        types = [{"string": str, "array": list}[name] for name in RPC_TYPES[method][1:]]
+        if [type(param) for param in params] != types:
+            wanted = ", ".join(RPC_TYPES[method][1:]) or "none"
+            raise xmlrpc.client.Fault(INVALID_PARAMS, f"wrong parameters (expected: {wanted})")
+        return super()._dispatch(method, params)
+
+    # The library's methodHelp shows the docstrings of the methods below.
+
+    def _get_user(self, name: Any) -> Any:
+        """The user's status, or "No such user"."""
+        return self._store.snapshot().text(clean(name)) or NO_SUCH_USER
+
+    def _list_users(self) -> Any:
+        """The users and their statuses; at most 10,000 of them."""
         if self._policy.private:
             raise xmlrpc.client.Fault(DENIED, "Finger online user list denied")
         users = itertools.islice(self._store.snapshot().users(), MAX_RPC_USERS)
         return {user: status.text for user, status in users}
 
-    def _marshaled_dispatch(self, data: Any, dispatch_method: Any = None, path: Any = None) -> Any:
-        """The response to a request's body; the stock one would tell our exceptions to anybody."""
-        call = parse_rpc_call(data)
-        try:
-            answer = call if isinstance(call, xmlrpc.client.Fault) else (self._dispatch(*call),)
-        except xmlrpc.client.Fault as fault:
-            answer = fault
-        return xmlrpc.client.dumps(answer, methodresponse=True)
-
-    def _dispatch(self, method: str, params: Any) -> Any:
-        """What the method answers; raises a Fault where it cannot."""
-        wanted = [{"string": str, "array": list}[name] for name in rpc_method(method)[0][1:]]
-        if [type(param) for param in params] != wanted:
-            raise xmlrpc.client.Fault(INVALID_PARAMS, "wrong parameters")
-        return self.funcs[method](*params)
-
     def system_methodSignature(self, method_name: str) -> Any:
-        return [rpc_method(method_name)[0]]
-
-    def system_methodHelp(self, method_name: str) -> str:
-        return rpc_method(method_name)[1]
+        """The types of the method's result and parameters, in a list with one signature."""
+        if method_name not in RPC_TYPES:
+            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
+        return [RPC_TYPES[method_name]]
 
     def system_multicall(self, call_list: list[Any]) -> list[Any]:
-        """For each call a list that holds its result, or a struct with its fault."""
+        """Up to 100 calls at once: for each a list with its result, or a struct with its fault."""
         if len(call_list) > MAX_MULTICALL:
             raise xmlrpc.client.Fault(INVALID_PARAMS, f"more than {MAX_MULTICALL} calls")
         return [self._one_of_many(call) for call in call_list]
 
     def _one_of_many(self, call: Any) -> Any:
+        """The result, in a list, or the fault of one call of a multicall."""
+        call = call if isinstance(call, dict) else {}
+        name, params = call.get("methodName"), call.get("params")
         try:
-            call = call if isinstance(call, dict) else {}
-            name, params = call.get("methodName"), call.get("params")
             if not (isinstance(name, str) and isinstance(params, list)):
                 raise xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
             if name in ("system.multicall", "listUsers"):
@@ -2336,14 +2374,8 @@ class WebServer(Server):
         self.making = threading.Lock()  # held while the list of everybody is made
 
     def rpc_page(self, body: bytes) -> Page:
-        """The answer to an XML-RPC request; to the same short one the same, as with pages."""
-
-        def make() -> Page:
-            return make_page(200, "text/xml", [self.rpc._marshaled_dispatch(body)])
-
-        if len(body) > MAX_REMEMBERED_CALL:
-            return make()
-        return self.answers.once(self.store.version, body, make)
+        """The answer to an XML-RPC request."""
+        return self.rpc.page(parse_rpc_call(body))
 
 
 # ---- the users file ----------------------------------------------------------------------------
