@@ -131,8 +131,6 @@ MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
 FETCH_SECONDS = 10.0  # to get a users file from another server
 LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
-GATHER_SECONDS = 0.005  # that a message waits for others, to share their commit,
-BUSY_SECONDS = 1.0  # within this time after a commit was shared
 
 # Connections: how many a server has at the same time, and the seconds for a whole exchange.
 FINGER_SECONDS, FINGER_CEILING = 10.0, 512
@@ -762,26 +760,23 @@ def reconnect_delay(attempt: int, jitter: float) -> float:
 
 
 # ================================================================================================
-# 3. store: one dict behind one lock; whoever spoke last about a user is heard
+# 3. store: one dict behind one lock; the most recent change of a user's status wins
 # ================================================================================================
 
 
 class Status(NamedTuple):
-    """What is shown for a user, and since when it has been (seconds since 1970)."""
+    """What is shown for a user, and since when (seconds since 1970)."""
 
     text: str
     since: float
 
 
 class Message(NamedTuple):
-    """What was set for a user.
-
-    It stands, that is, it is shown, while the users file says about the user what it said then.
-    """
+    """A status that was set. It is shown while the users file says the same about the user."""
 
     text: str
     since: float
-    covers: str | None  # the file's text then, None where the file did not name the user
+    covers: str | None  # the text in the file when it was set, None if the user was not there
     by: str  # the address that set it
 
 
@@ -797,15 +792,11 @@ class NotKept(Exception):
     """A message could not be kept, and nothing changed; the text says why in plain words."""
 
 
-class InUse(NotKept):
-    """Another fingerd is using the state file."""
-
-
 class StateFile:
-    """What was set, on disk: SQLite, a row a user, readable with the sqlite3 tool.
+    """The messages on disk: SQLite, one row for each user, readable with the sqlite3 tool.
 
-    Opened before privileges are dropped, and kept open. It is for one thread at a time. Raises
-    NotKept where the file cannot be had: unusable, somebody else's, or in use by another fingerd.
+    Opened after privileges are dropped, because SQLite acts on every file that lies beside a
+    database. For one thread at a time.
     """
 
     APPLICATION_ID = 0x46494E47  # "FING", in the file's header
@@ -823,32 +814,44 @@ class StateFile:
     """
 
     def __init__(self, path: pathlib.Path) -> None:
+        """Open the file, or make it, and read its `messages`; NotKept if that is not possible."""
         try:
             import sqlite3  # slow to import, and not every Python has it
         except ImportError:
-            raise NotKept("this Python has no sqlite3") from None
+            raise NotKept(f"{path}: this Python has no sqlite3") from None
         self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+        self._path, self._failed = path, False
+        try:
+            self._open()
+            self.messages = self._load()
+        except BlockingIOError:
+            raise NotKept(f"{path}: another fingerd is using it; stop that one") from None
+        except self.errors as problem:
+            words = getattr(problem, "strerror", None) or problem
+            remedy = f"repair it, move it away, or give it and its directory to uid {os.geteuid()}"
+            raise NotKept(f"{path}: {words}; {remedy}") from None
+
+    def _open(self) -> None:
+        """Lock and open the file, and make sure that it is a sound one of ours."""
+        import sqlite3
+
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         with contextlib.ExitStack() as opened:
-            try:
-                os.close(os.open(path, flags, 0o600))  # SQLite would make it readable for others
-                # Ours is another file: to close the database would end SQLite's own locks on it.
-                lock = os.open(f"{path}-lock", flags, 0o600)
-                opened.callback(os.close, lock)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._db = sqlite3.connect(
-                    str(path), timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
-                )
-                opened.callback(self._db.close)
-                self._prepare()
-            except BlockingIOError:
-                raise InUse(f"{path}: another fingerd is using it") from None
-            except self.errors as problem:
-                raise NotKept(f"{path}: {problem}") from None
+            os.close(os.open(self._path, flags, 0o600))  # SQLite would let others read it
+            # A lock on the database itself would be lost whenever SQLite closes a descriptor.
+            lock = os.open(f"{self._path}-lock", flags, 0o600)
+            opened.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._db = sqlite3.connect(
+                str(self._path), LOCKED_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            opened.callback(self._db.close)
+            self._prepare()
+            self._seen = os.lstat(self._path)
             self._opened = opened.pop_all()
 
     def _prepare(self) -> None:
-        """Make a new database ours; leave alone whatever is not."""
+        """Make a new database ours; raise OSError, with nothing changed, if it is not ours."""
         (application,) = self._db.execute("PRAGMA application_id").fetchone()
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         tables = self._db.execute("SELECT name FROM sqlite_master").fetchall()
@@ -858,50 +861,79 @@ class StateFile:
             raise OSError("made by a newer fingerd")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
+        # Each commit goes on into the database, so that nothing is lost with the log beside it.
+        self._db.execute("PRAGMA wal_autocheckpoint = 1")
         self._db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} COMMIT")
         (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise OSError("damaged: " + verdict.splitlines()[-1])
 
-    def load(self) -> dict[str, Message]:
-        """Every message that was kept."""
-        try:
-            rows = self._db.execute(
-                "SELECT user, text, CAST(since AS REAL), covers, set_by FROM messages"
-            )
-            return {
-                clean(str(user)): Message(clean(str(text)), *rest) for user, text, *rest in rows
-            }
-        except self.errors as problem:
-            raise NotKept(str(problem)) from None
+    def _load(self) -> dict[str, Message]:
+        """Every message in the file."""
+        rows = self._db.execute(
+            "SELECT user, text, CAST(since AS REAL), covers, set_by FROM messages"
+        )
+        return {clean(str(user)): Message(clean(str(text)), *rest) for user, text, *rest in rows}
 
-    def write(self, changes: Mapping[str, Message | None]) -> None:
-        """Put all of `changes` on disk, None to forget; or none, and NotKept says why."""
+    def write(self, changes: Mapping[str, Message | None], before: Mapping[str, Message]) -> None:
+        """Put all of `changes` on disk, None to forget; or none, and NotKept says why.
+
+        If the file is not the one that was opened, or if the last write failed, it is opened again
+        and made to hold the messages `before` first.
+        """
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for user, message in changes.items():
-                if message:
-                    row = (user, *message)
-                    self._db.execute("REPLACE INTO messages VALUES (?, ?, ?, ?, ?)", row)
-                else:
-                    self._db.execute("DELETE FROM messages WHERE user = ?", (user,))
-            self._db.execute("COMMIT")
+            is_same = self._is_the_same()
+            if self._failed or not is_same:
+                self._reopen(before, is_same)
+            self._failed = True
+            self._commit(changes)
+            self._failed = False
         except self.errors as problem:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            self._opened.close()  # that also removes from the log what was not committed
             raise NotKept(f"could not be kept: {problem}") from None
 
+    def _is_the_same(self) -> bool:
+        """Whether the path leads to the file that was opened, and it is no smaller than before."""
+        with contextlib.suppress(OSError):
+            found = os.lstat(self._path)
+            if os.path.samestat(found, self._seen) and found.st_size >= self._seen.st_size:
+                self._seen = found
+                return True
+        return False
+
+    def _reopen(self, messages: Mapping[str, Message], is_same: bool) -> None:
+        """Open the file that is there now, or a new one, and make it hold just `messages`."""
+        self._opened.close()
+        for log_of_another in () if is_same else ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._path}{log_of_another}")
+        self._open()
+        found = self._load()
+        users = {user for user in found.keys() | messages if found.get(user) != messages.get(user)}
+        self._commit({user: messages.get(user) for user in users})
+        log.warning("%s: opened again, with %d messages written anew", self._path, len(users))
+
+    def _commit(self, changes: Mapping[str, Message | None]) -> None:
+        """Carry `changes` out in one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")
+        for user, message in changes.items():
+            if message:
+                row = (user, *message)
+                self._db.execute("REPLACE INTO messages VALUES (?, ?, ?, ?, ?)", row)
+            else:
+                self._db.execute("DELETE FROM messages WHERE user = ?", (user,))
+        self._db.execute("COMMIT")
+
     def close(self) -> None:
-        """Fold the write-ahead log into the database, and let go of it."""
-        with self._opened, contextlib.suppress(*self.errors):
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        """Close the file; it needs no log beside it then."""
+        self._opened.close()
 
 
 class Snapshot(NamedTuple):
     """All that is visible at one moment. It never changes: a writer publishes another one.
 
-    For a user of the file it holds two strings and no object of our own, since the garbage
-    collector passes over strings.
+    A user of the file costs two strings and no object of our own, since the garbage collector
+    does not look at strings.
     """
 
     version: int = 0
@@ -909,7 +941,7 @@ class Snapshot(NamedTuple):
     file: dict[str, str] = {}  # what the users file says, empty texts included
     loaded: float = 0.0  # since when the file says so,
     dates: dict[str, float] = {}  # except for the lines that a later reload brought
-    messages: dict[str, Message] = {}  # all of them, also those that do not stand
+    messages: dict[str, Message] = {}  # all of them, hidden ones included
     names: list[str] = []  # the users with a text in the file, sorted
     others: list[str] = []  # the users with a message alone, sorted
 
@@ -919,7 +951,7 @@ class Snapshot(NamedTuple):
         return message.text if message and message.covers == line else line or ""
 
     def get(self, user: str) -> Status | None:
-        """The user's status, or None where there is none."""
+        """The user's status, or None if there is none."""
         line, message = self.file.get(user), self.messages.get(user)
         if message and message.covers == line:
             return Status(message.text, message.since)
@@ -937,24 +969,25 @@ class Snapshot(NamedTuple):
         return len(self.names) + len(self.others)
 
     def with_others(self) -> Snapshot:
-        """The snapshot with its `others` as its `file` and its `messages` make them."""
+        """The snapshot with the `others` that follow from its `file` and `messages`."""
         others = [user for user in self.messages if not self.file.get(user) and self.text(user)]
         return self._replace(others=sorted(others))
 
 
 def sorted_in_slices(names: list[str]) -> list[str]:
-    """`names` in order; slice by slice, for one sort of a million would stop every thread."""
+    """`names` in order; in slices, because one sort of a million stops every thread."""
     slices = [sorted(names[start : start + 20_000]) for start in range(0, len(names), 20_000)]
     in_order = all(left[-1] < right[0] for left, right in zip(slices, slices[1:]))
     return list(itertools.chain(*slices) if in_order else heapq.merge(*slices))
 
 
 class _Order:
-    """A call of `set` that waits for its commit, or what became of it."""
+    """A call of `set` that waits for its commit."""
 
     def __init__(self, user: str, text: str, by: str) -> None:
         self.user, self.text, self.by = user, text, by
         self.problem = "could not be kept"  # "" once it is
+        self.done = threading.Event()
 
 
 class StatusStore:
@@ -964,13 +997,25 @@ class StatusStore:
     nobody but other writers waits with it.
     """
 
-    def __init__(self, state: StateFile | None = None) -> None:
-        self._state = state
-        self._writing = threading.Lock()
-        self._orders: list[_Order] = []
-        self._busy_until = 0.0  # until then, more are likely to come together
+    lost_at_restart = False  # whether a state file was wanted and could not be had
+
+    def __init__(self) -> None:
+        self._state: StateFile | None = None
+        self._writing, self._queueing = threading.Lock(), threading.Lock()
+        self._orders: list[_Order] = []  # those that wait for the next commit
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
-        self._now = Snapshot(messages=state.load() if state else {})
+        self._now = Snapshot()
+
+    def restore(self, state: StateFile) -> None:
+        """Show the messages in `state`, and keep all later ones there.
+
+        Called once, after the users file was loaded; no change is announced.
+        """
+        with self._writing:
+            self._state, self._now = state, self._now._replace(messages=state.messages)
+            new = self._now._replace(messages=self._forget_outdated(self._now.file))
+            latest = max((message.since for message in new.messages.values()), default=0.0)
+            self._publish(new.with_others(), max(new.changed, latest), ())
 
     def snapshot(self) -> Snapshot:
         """All that is visible now, consistent in itself."""
@@ -990,10 +1035,10 @@ class StatusStore:
         return [change for change in self._changes.copy() if change.version > version]
 
     def replace_file(self, texts: dict[str, str], when: float) -> bool:
-        """Let the users file say `texts` from `when` on; tells whether that is anything new.
+        """Let the users file say `texts` from `when` on; returns whether that is anything new.
 
         A message over a line that changed is forgotten, one whose user is absent is hidden. The
-        first load is told to nobody as a change. `texts` belongs to the store from now on.
+        first load is announced to nobody. `texts` belongs to the store from now on.
         """
         with self._writing:
             old, first = self._now, not self._now.version
@@ -1004,53 +1049,54 @@ class StatusStore:
             dates = {user: since for user, since in old.dates.items() if user in texts}
             dates.update(dict.fromkeys(() if first else changed, when))
             same_names = not gone and all(old.file.get(user) and texts[user] for user in changed)
-            messages = self._forget_outdated(texts)
             new = old._replace(
                 file=texts,
                 loaded=when if first else old.loaded,
                 dates=dates,
-                messages=messages,
+                messages=self._forget_outdated(texts),
                 names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
             )
-            latest = max((message.since for message in messages.values()), default=when)
-            self._publish(new.with_others(), max(when, latest), () if first else changed)
+            self._publish(new.with_others(), when, () if first else changed)
         return True
 
     def _forget_outdated(self, texts: Mapping[str, str]) -> dict[str, Message]:
-        """The messages without those whose user's line is there and not what they cover."""
+        """The messages without those that cover another text than the line in `texts`."""
         messages = self._now.messages
         outdated = [
             user for user, (*_, covers, _) in messages.items() if texts.get(user, covers) != covers
         ]
         try:
             if self._state and outdated:
-                self._state.write(dict.fromkeys(outdated))
-        except NotKept as problem:  # no harm is done: the next start compares again
+                self._state.write(dict.fromkeys(outdated), messages)
+        except NotKept as problem:  # the next write or start puts it right
             log.warning("the state file: %s", problem)
         return {user: messages[user] for user in messages.keys() - outdated}
 
     def set(self, user: str, text: str, by: str = "") -> None:
         """Set the user's message, "" to take it back; returns once that is on disk and visible.
 
-        Raises NotKept, with nothing changed, where it cannot be. Whoever gets the lock makes one
-        commit for all who wait for it; they find their orders done when it is their turn.
+        Raises NotKept, with nothing changed, if that is not possible. The first to queue up behind
+        the present commit makes the next one for all who have queued up by then.
         """
         order = _Order(user, text, by)
-        self._orders.append(order)
-        if time.monotonic() < self._busy_until:
-            time.sleep(GATHER_SECONDS)
-        with self._writing:
-            if order in self._orders:
-                self._carry_out()
+        with self._queueing:
+            self._orders.append(order)
+            is_first = len(self._orders) == 1
+        if is_first:
+            with self._writing:
+                with self._queueing:
+                    orders, self._orders = self._orders, []
+                try:
+                    self._carry_out(orders)
+                finally:
+                    for each in orders:
+                        each.done.set()
+        order.done.wait()
         if order.problem:
             raise NotKept(order.problem)
 
-    def _carry_out(self) -> None:
-        """Commit and publish all orders that wait, and tell each its outcome."""
-        orders = self._orders[:]
-        del self._orders[: len(orders)]  # and not those that have come since
-        if len(orders) > 1:
-            self._busy_until = time.monotonic() + BUSY_SECONDS
+    def _carry_out(self, orders: list[_Order]) -> None:
+        """Commit and publish `orders`, and note each one's outcome."""
         old, when = self._now, time.time()
         messages = dict(old.messages)
         changes: dict[str, Message | None] = {}
@@ -1068,7 +1114,7 @@ class StatusStore:
             accepted.append(order)
         try:
             if self._state:
-                self._state.write(changes)
+                self._state.write(changes, old.messages)
         except NotKept as problem:
             log.error("the state file: %s", problem)
             return
@@ -1080,7 +1126,7 @@ class StatusStore:
             order.problem = ""
 
     def _publish(self, new: Snapshot, when: float, users: Iterable[str]) -> None:
-        """Make `new` what is visible; `users` are all whose text may be another one."""
+        """Make `new` visible; `users` are all whose text may have changed."""
         old, version = self._now, self._now.version + 1
         for user in users:
             text = new.text(user)
@@ -1090,7 +1136,7 @@ class StatusStore:
         self._now = new._replace(version=version, changed=when)
 
     def close(self) -> None:
-        """Let go of the state file, once nobody writes any more."""
+        """Close the state file, once nobody writes any more."""
         with self._writing:
             if self._state:
                 self._state.close()
@@ -2248,7 +2294,8 @@ class SetterServer(Server):
         request.allow(math.inf)  # the time is ours until we answer
         problem = setting.problem or self.keep(setting, str(request))
         log.debug("setter: %s: %a: %s", request, setting.user, problem or "OK")
-        request.send([f"ERROR {problem}\r\n".encode() if problem else b"OK\r\n"], last=True)
+        ok = "OK until fingerd restarts" if self.store.lost_at_restart else "OK"
+        request.send([f"{f'ERROR {problem}' if problem else ok}\r\n".encode()], last=True)
 
     def keep(self, setting: Setting, address: str) -> str:
         """Set the message and return ""; or the reason why that could not be done."""
@@ -2910,6 +2957,8 @@ def drop_privileges(uid: int, gid: int) -> None:
 
 def import_what_is_lazy() -> None:
     """Import what the library would import later: without privileges it may be out of reach."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("sqlite3")
     encodings = ("latin_1", "cp1252", "iso8859_15", "koi8_r")  # for XML that declares one
     for name in ("linecache", "tokenize", *(f"encodings.{name}" for name in encodings)):
         importlib.import_module(name)
@@ -2933,28 +2982,62 @@ def is_url(users: str) -> bool:
     return users.lower().startswith(("http://", "https://"))
 
 
-def open_state(
-    path: pathlib.Path, is_default: bool, owner: tuple[int, int] | None
-) -> StateFile | None:
-    """The state file at `path`; NotKept where it cannot be had.
-
-    For the default one a directory is made, which belongs to `owner` like the file. Where that
-    fails, it is done without one, unless another fingerd is using it.
-    """
-    if not is_default:
-        return StateFile(path)
+def is_private_group(gid: int, uid: int) -> bool:
+    """Whether a group is there for one user alone: many systems give each user such a group."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = StateFile(path)
-        if owner:
-            for file in [path.parent, *path.parent.glob(path.name + "*")]:
-                os.chown(file, *owner, follow_symlinks=False)
-        return state
-    except InUse:
-        raise
-    except (NotKept, OSError) as problem:
-        log.warning("messages will be lost at the end, for lack of a state file: %s", problem)
-        return None
+        group, name = grp.getgrgid(gid), pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == name and set(group.gr_mem) <= {name}
+
+
+def refuse_shared(folder: pathlib.Path, uid: int) -> None:
+    """Raise StartError if others than root and `uid` can write to `folder` or replace it.
+
+    Nobody can move somebody else's directory out of a sticky one, such as /tmp.
+    """
+    for part in (folder, *folder.parents):
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            found = part.stat()
+            shared = found.st_mode & stat.S_IWOTH or (
+                found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid, uid)
+            )
+            sticky = part != folder and found.st_mode & stat.S_ISVTX
+            if found.st_uid not in (0, uid) or (shared and not sticky):
+                raise StartError(f"{part}: others can write here: chmod or chown it (see --state)")
+        if part == pathlib.Path.home():
+            return
+
+
+def state_folder(folder: pathlib.Path, make: bool, owner: tuple[int, int] | None) -> pathlib.Path:
+    """The state file's directory without symbolic links; StartError if others can write to it.
+
+    Made for `owner` if it is missing and `make`. Root does nothing inside it.
+    """
+    folder = pathlib.Path(os.path.realpath(folder))
+    if make and not folder.exists():
+        refuse_shared(folder.parent, os.geteuid())
+        with contextlib.suppress(OSError):  # a failure shows when the file is opened
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700)
+            if owner:
+                os.chown(folder, *owner, follow_symlinks=False)
+    refuse_shared(folder, owner[0] if owner else os.geteuid())
+    return folder
+
+
+def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -> None:
+    """Connect the store to its state file; StartError if the file cannot be used.
+
+    If the default file is not there and cannot be made, the service does without.
+    """
+    try:
+        store.restore(StateFile(path))
+    except NotKept as problem:
+        if not is_default or os.path.lexists(path):
+            raise StartError(f"{problem} (see --state)") from None
+        store.lost_at_restart = True
+        log.warning("messages will be lost when fingerd ends: %s", problem)
 
 
 # ================================================================================================
@@ -3172,7 +3255,7 @@ def state_path(options: argparse.Namespace, root: bool) -> pathlib.Path | None:
     if options.state:
         return None if options.state == "off" else pathlib.Path(options.state)
     users = options.users if is_url(options.users) else str(pathlib.Path(options.users).absolute())
-    name = users.strip("/").replace("/", "-") + ".db"
+    name = re.sub(r"[][]", "", users.strip("/").replace("/", "-")) + ".db"
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     folder = "/var/lib/fingerd" if root else f"{home}/fingerd"
     return pathlib.Path(os.environ.get("STATE_DIRECTORY", "").split(":")[0] or folder, name)
@@ -3203,16 +3286,18 @@ class Services(NamedTuple):
 def build_services(options: argparse.Namespace) -> Services:
     """Everything, ready to be started; StartError or NotKept where that cannot be.
 
-    The order matters: ports and the state file need privileges, and once these are dropped, the
-    users file is read as it will be read later.
+    The order matters: ports need privileges, and so may the directory of the state file. Once
+    these are dropped, the users file is read as it will be read later. The state file is opened
+    last, so that a start that fails leaves none behind.
     """
     identity = find_identity(options.run_as or "1:1") if os.geteuid() == 0 else None
     if options.run_as and not identity:
         raise StartError("--run-as: only root can become somebody else")
     listeners, irc = bind(options), irc_options(options)
     policy = make_policy(options, listeners)
-    path = state_path(options, bool(identity))
-    store = StatusStore(open_state(path, not options.state, identity) if path else None)
+    path, store = state_path(options, bool(identity)), StatusStore()
+    if path:
+        path = state_folder(path.parent, not options.state, identity) / path.name
     bot = IrcBot(irc, store) if irc else None
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
@@ -3223,6 +3308,8 @@ def build_services(options: argparse.Namespace) -> Services:
     except UsersError as problem:
         hint = " (the service runs as somebody else: see --run-as)" if identity else ""
         raise StartError(f"{problem}{hint}") from None
+    if path:
+        restore_messages(store, path, is_default=not options.state)
     servers: list[Server] = []
     if "finger" in listeners:
         servers.append(FingerServer(listeners["finger"], store, policy))

@@ -306,8 +306,10 @@ def call(method: str, *params: Any) -> bytes:
 
 def make_store(texts: Any = MOSHEZ, state: Any = None) -> Any:
     """A store that has read a users file with these texts."""
-    store = fingerd.StatusStore(state)
+    store = fingerd.StatusStore()
     store.replace_file(dict(texts), 1000.0)
+    if state:
+        store.restore(state)
     return store
 
 
@@ -345,8 +347,8 @@ def run(words: list[str], **more: Any) -> tuple[int, list[str], list[str]]:
 class Service:
     """A fingerd process with a users file, a state file and free loopback ports of its own.
 
-    Its users file may be another one, its `source`; `popen` is for subprocess.Popen, all else for
-    `command`.
+    Its users file may be another one, its `source`, and so may its `state`; `popen` is for
+    subprocess.Popen, all else for `command`.
     """
 
     def __init__(
@@ -354,6 +356,7 @@ class Service:
         text: str = USERS,
         *options: str,
         source: str = "",
+        state: str | None = None,
         run_as: str = "0:0",
         program: tuple[str, ...] = PROGRAM,
         **popen: Any,
@@ -361,7 +364,13 @@ class Service:
         self.folder = new_folder()
         self.users, self.state = self.folder / "users", self.folder / "state.db"
         put(self.users, text)
-        how = {"state": self.state, "run_as": run_as, "program": program}
+        if ROOT and not run_as:
+            os.chown(self.folder, 1, 1)  # uid 1 is what it becomes
+        how = {
+            "state": self.state if state is None else state,
+            "run_as": run_as,
+            "program": program,
+        }
         self.command = command(source or self.users, *options, **how)
         self.popen = popen
         self.start()
@@ -3050,23 +3059,21 @@ class DurabilityTest(Case):
                 self.assertIn(shown, texts, user)
                 possible[user] = {shown}
 
-    def commits(self, each: int, setter: Callable[[int], Any]) -> None:
-        """Checks that 64 setters of `each` messages share commits."""
-        write = fingerd.StateFile.write
-        with mock.patch.object(fingerd.StateFile, "write", autospec=True, side_effect=write) as w:
-            in_parallel(64, lambda i: [setter(f"u{i}\nt{n}\n") for n in range(each)])
-        self.assertLessEqual(w.call_count, 64 * each / 4)
-
-    def test_64_setters_share_commits(self) -> None:
-        store = make_store({}, fingerd.StateFile(self.folder() / "state.db"))
+    def test_setters_that_wait_share_a_commit(self) -> None:
+        store, sizes = make_store({}, fingerd.StateFile(self.folder() / "state.db")), []
         self.addCleanup(store.close)
-        with self.subTest("the store"):
-            self.commits(10, lambda lines: store.set(*lines.splitlines()))
-            self.assertEqual(texts_of(store), {f"u{i}": "t9" for i in range(64)})
-        port = self.server(fingerd.SetterServer, store, lambda: None).port
-        with self.subTest("the server"):
-            self.commits(8, lambda lines: self.assertEqual(ask(port, lines.encode()), b"OK\r\n"))
-            self.assertEqual(texts_of(store), {f"u{i}": "t7" for i in range(64)})
+        write = fingerd.StateFile.write
+
+        def slow_write(state: Any, changes: Any, before: Any) -> None:
+            if not sizes:  # the disk is slow until all others wait
+                until(lambda: len(changes) + len(store._orders) == 64)
+            sizes.append(len(changes))
+            write(state, changes, before)
+
+        with mock.patch.object(fingerd.StateFile, "write", slow_write):
+            in_parallel(64, lambda number: store.set(f"u{number}", "text"))
+        self.assertEqual((len(sizes), sum(sizes)), (2, 64))
+        self.assertEqual(len(texts_of(store)), 64)
 
     def tmpfs(self) -> pathlib.Path:
         """A small file system of its own."""
@@ -3127,7 +3134,8 @@ class DurabilityTest(Case):
         (folder / "folder").mkdir()
         for name in ("corrupt", "newer"):
             state = fingerd.StateFile(folder / name)
-            state.write({f"u{n}": fingerd.Message("x" * 500, 1.0, None, "") for n in range(200)})
+            message = fingerd.Message("x" * 500, 1.0, None, "")
+            state.write(dict.fromkeys((f"u{n}" for n in range(200)), message), {})
             state.close()
         shutil.copy(folder / "corrupt", folder / "cut")
         os.truncate(folder / "cut", 5_000)
@@ -3166,6 +3174,136 @@ class DurabilityTest(Case):
         self.assertEqual(running.set("shawn", "still here"), "OK\r\n")
         self.assertEqual([path.read_bytes() for path in others], before)
 
+    def test_a_state_file_that_is_lost_while_in_use_is_written_anew(self) -> None:
+        def remove(path: pathlib.Path) -> None:
+            for file in path.parent.glob(path.name + "*"):
+                file.unlink()
+
+        def replace(path: pathlib.Path) -> None:
+            state = fingerd.StateFile(path.with_name("other"))
+            state.write({"shawn": fingerd.Message("other", 1.0, None, "")}, {})
+            state.close()
+            os.replace(path.with_name("other"), path)
+
+        for how in (
+            remove,
+            replace,
+            pathlib.Path.unlink,
+            lambda path: os.truncate(path, 0),
+            lambda path: pathlib.Path(f"{path}-wal").unlink(),
+        ):
+            with self.subTest(how):
+                service = self.launch()
+                for user in ("shawn", "gone"):
+                    self.assertEqual(service.set(user, "first"), "OK\r\n")
+                how(service.state)
+                self.assertEqual(service.set("zed", "second"), "OK\r\n")
+                self.assertEqual(service.set("gone", ""), "OK\r\n")
+                service.kill()
+                service.start()
+                wanted = "moshez: Happy and well\r\nshawn: first\r\nzed: second\r\n"
+                self.assertEqual(service.finger(""), wanted)
+
+    def test_a_foreign_file_in_the_place_of_the_state_is_left_alone(self) -> None:
+        service = self.launch()
+        service.set("shawn", "first")
+        put(service.state, "not a database" * 999)
+        for _ in range(2):
+            self.assertRegex(service.set("shawn", "second"), "^ERROR could not be kept")
+        self.assertEqual(service.state.read_text(), "not a database" * 999)
+        service.state.unlink()
+        self.assertEqual(service.set("zed", "third"), "OK\r\n")
+        service.kill()
+        service.start()
+        self.assertEqual(
+            (service.finger("shawn"), service.finger("zed")), ("first\r\n", "third\r\n")
+        )
+
+    @needs("strace")
+    def test_an_error_of_the_disk_leaves_nothing_behind(self) -> None:
+        for calls in ("fdatasync,fsync", "pwrite64", "fdatasync,fsync,unlink"):
+            for text in ("second", ""):
+                service = self.launch()
+                service.set("shawn", "first")
+                words = ["strace", "-f", "-p", str(service.pid), "-e", f"trace={calls}", "-o",
+                         os.devnull, "-e", f"inject={calls}:error=EIO"]  # fmt: skip
+                with subprocess.Popen(words, stderr=subprocess.PIPE) as strace:
+                    assert strace.stderr
+                    if b"attached" not in strace.stderr.readline():
+                        self.skipTest("cannot trace here")
+                    until(lambda s=service: s.set("zed", "zed").startswith("ERROR"))
+                    with self.subTest(calls, text=text):
+                        self.assertRegex(service.set("shawn", text), "^ERROR could not be kept")
+                        self.assertEqual(service.finger("shawn"), "first\r\n")
+                        service.kill()
+                service.start()
+                self.assertEqual(service.finger("shawn"), "first\r\n")
+
+    def test_the_default_state_file_is_used_or_ends_the_start(self) -> None:
+        folder, users = self.folder() / "state", self.folder() / "users"
+        put(users, USERS)
+        environment = {**os.environ, "STATE_DIRECTORY": str(folder)}
+        words = command(users, state="")
+        path = folder / (str(users)[1:].replace("/", "-") + ".db")
+        service = self.launch(source=str(users), state="", env=environment)
+        self.assertEqual(service.set("shawn", "kept"), "OK\r\n")
+        self.assertEqual((path.stat().st_mode, folder.stat().st_mode), (0o100600, 0o40700))
+        self.refuses_to_start(words, f"{path}: another fingerd.*stop", env=environment)
+        service.stop()
+        kept = path.read_bytes()
+        for spoil in (
+            lambda: path.write_bytes(b"noise" * 999),
+            lambda: path.symlink_to(users),
+            lambda: path.mkdir(),
+        ):
+            path.unlink()
+            spoil()
+            self.refuses_to_start(words, f"{path}: .*move it away.*--state", env=environment)
+        self.assertEqual(users.read_text(), USERS)
+        path.rmdir()
+        path.write_bytes(kept)
+        service.start()
+        self.assertEqual(service.finger("shawn"), "kept\r\n")
+
+    def test_where_no_state_file_can_be_had(self) -> None:
+        nowhere = {**os.environ, "STATE_DIRECTORY": "/proc/nowhere"}
+        code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); sys.modules["sqlite3"] = None
+import fingerd; sys.exit(fingerd.main())"""
+        without = {**os.environ, "STATE_DIRECTORY": str(self.folder() / "state")}
+        for more in ({"env": nowhere}, {"env": without, "program": (sys.executable, "-c", code)}):
+            with self.subTest(more):
+                service = self.launch(state="", **more)
+                service.wait_for("WARNING messages will be lost when fingerd ends: ")
+                self.assertEqual(service.set("shawn", "set"), "OK until fingerd restarts\r\n")
+                self.assertEqual(service.finger("shawn"), "set\r\n")
+        self.assertEqual(self.launch(state="off").set("shawn", "set"), "OK\r\n")
+
+    def test_a_failed_start_leaves_nothing_behind(self) -> None:
+        folder = self.folder()
+        self.refuses_to_start(command("/nowhere/users", state=folder / "state.db"), "/nowhere")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            words = command(HERE / "users.example", "--web", address, state=folder / "state.db")
+            self.refuses_to_start(words, "in use")
+        self.assertEqual(list(folder.iterdir()), [])
+
+    def test_a_state_directory_that_others_can_write_is_refused(self) -> None:
+        outer = self.folder()
+        (outer / "inner").mkdir()
+        for mode, inner_mode, fine in (
+            (0o755, 0o755, True),
+            (0o755, 0o777, False),
+            (0o755, 0o1777, False),
+            (0o777, 0o755, False),
+            (0o1777, 0o755, True),
+        ):
+            outer.chmod(mode)
+            (outer / "inner").chmod(inner_mode)
+            words = command("/nowhere/users", state=outer / "inner/state.db")
+            with self.subTest(oct(mode), inner=oct(inner_mode)):
+                self.refuses_to_start(words, "/nowhere" if fine else "others can write.*chmod")
+        self.assertEqual(list((outer / "inner").iterdir()), [])
+
     def test_state_is_readable_and_lockable_while_in_use(self) -> None:
         service, start = self.launch(), time.time()
         service.set("shawn", "first")
@@ -3190,7 +3328,7 @@ class DurabilityTest(Case):
         log, state = pathlib.Path(f"{path}-wal"), fingerd.StateFile(path)
         for n in range(60):
             message = fingerd.Message(str(n).rjust(1_000), 1.0, None, "")
-            state.write({f"u{i}": message for i in range(150)})
+            state.write({f"u{i}": message for i in range(150)}, {})
         self.assertLess(log.stat().st_size, 6_000_000)
         self.assertLess(path.stat().st_size, 1_000_000)
         state.close()
@@ -3201,7 +3339,7 @@ class DurabilityTest(Case):
         self.patch(MAX_MESSAGES=3)
         for user in "abc":
             store.set(user, "x")
-        with self.assertRaises(fingerd.NotKept):
+        with self.assertRaisesRegex(fingerd.NotKept, "more than 3 messages"):
             store.set("d", "x")
         for user, text in (("a", "y"), ("b", ""), ("d", "x")):
             store.set(user, text)
@@ -3230,9 +3368,10 @@ class PrivilegesTest(Case):
     def test_default_is_uid_1_gid_1_without_groups(self) -> None:
         service = self.launch(run_as="", preexec_fn=lambda: os.setgroups([4, 5]))
         self.assertEqual(self.whom(service), ({"1"}, {"1"}, []))
-        self.assertEqual(service.proc("CapEff"), ["0" * 16])
-        self.assertEqual(service.state.stat().st_uid, 0)
-        self.assertEqual(service.folder.stat().st_uid, 0)
+        for capabilities in ("CapPrm", "CapEff", "CapInh", "CapAmb"):
+            self.assertEqual(service.proc(capabilities), ["0" * 16])
+        for file in service.folder.glob("state*"):
+            self.assertEqual((file.name, file.stat().st_uid), (file.name, 1))
         for n in range(30):
             self.assertEqual(service.set(f"u{n}", f"{n}" * 400), "OK\r\n")
         self.assertEqual(service.stop(), 0)
@@ -3244,11 +3383,42 @@ class PrivilegesTest(Case):
         me = pwd.getpwuid(1)
         for option, uid, gid in ((me.pw_name, 1, me.pw_gid), ("2:3", 2, 3), ("0:0", 0, 0)):
             with self.subTest(option):
-                service = self.launch(USERS, "--run-as", option)
+                state = self.folder() / "made" / "for it"
+                env = {**os.environ, "STATE_DIRECTORY": str(state)}
+                service = self.launch(USERS, "--run-as", option, state="", env=env)
                 self.assertEqual(self.whom(service), ({str(uid)}, {str(gid)}, []))
+                self.assertEqual(service.set("shawn", "kept"), "OK\r\n")
+                owners = [(file.stat().st_uid, file.stat().st_gid) for file in state.glob("**/*")]
+                self.assertEqual(set(owners), {(uid, gid)})
+                self.assertEqual((state.stat().st_uid, state.parent.stat().st_uid), (uid, 0))
+                service.stop()
+                service.start()
+                self.assertEqual(service.finger("shawn"), "kept\r\n")
+        service.stop()
+        os.chown(state, 3, 3)
+        self.refuses_to_start(service.command, f"{state}: others can write.*chown", env=env)
         for option in ("no-such-user", "1:no-such-group", "99999999999", "1:4294967295"):
             with self.subTest(option):
                 self.refuses_to_start(command(service.users, run_as=option), "--run-as")
+
+    def test_root_opens_nothing_in_the_services_directory(self) -> None:
+        folder, outside = self.folder(), self.folder()
+        outside.chmod(0o700)
+        put(outside / "precious", "a file of root's")
+        sqlite3.connect(folder / "state.db").execute("CREATE TABLE x (x)").connection.close()
+        name, magic = str(outside / "precious").encode(), bytes.fromhex("d9d505f920a163d7")
+        head = (magic + struct.pack(">5I", 0, 0, 2, 512, 4_096)).ljust(512, b"\0")
+        end = struct.pack(">2I", len(name), sum(name)) + magic
+        page = struct.pack(">I", 0x4000_0000 // 4_096 + 1)
+        (folder / "state.db-journal").write_bytes(head + page + name + end)  # "delete that file"
+        (folder / "state.db-lock").symlink_to(outside / "new")
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, 1, 1, follow_symlinks=False)
+        words = command(HERE / "users.example", run_as="", state=folder / "state.db")
+        self.refuses_to_start(words, "state.db: ")
+        (folder / "state.db-lock").unlink()
+        self.refuses_to_start(words, "state.db: not a fingerd state file")
+        self.assertEqual(os.listdir(outside), ["precious"])
 
     def test_run_as_needs_root(self) -> None:
         copy = shutil.copy(FINGERD, self.folder())  # nobody may be kept out of where we are
