@@ -327,6 +327,19 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
 
 # ---- the setter's two lines --------------------------------------------------------------------
 
+GREETINGS = re.compile(  # how other protocols begin; a name alone, like "get", is none of these
+    r"""
+    .*\b(HTTP|ICAP|RTSP|SIP)/[0-9]  # a version; so a web page cannot POST to the setter
+    | (CONNECT|DELETE|GET|HEAD|OPTIONS|PATCH|POST|PUT|TRACE)\ +[/*]  # HTTP/0.9
+    | (EHLO|HELO|LHLO)\ . | 220[ -].*(FTP|SMTP)  # SMTP, and what its servers and FTP's say
+    | (ACCT|AUTH|PASS|USER)\ .  # FTP, POP3, IRC
+    | CAP\ (END|LIST|LS|REQ)\b | WEBIRC\ . | (?!(?-i:Nick\ [A-Z]))NICK\ \S+$  # IRC, not Nick Cave
+    | \S+\ (AUTHENTICATE|CAPABILITY|STARTTLS|LOGIN\ \S+\ \S) | MODE\ READER  # IMAP, NNTP
+    | SSH-[0-9] | RFB\ [0-9] | PROXY\ (TCP|UNKNOWN) | <\?xml | [*$][0-9]+$  # the last is Redis
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
 
 class Setting(NamedTuple):
     """A user and the new status, "" to take the message back; or the problem with them."""
@@ -337,18 +350,20 @@ class Setting(NamedTuple):
 
 
 def parse_setting(data: bytes, ended: bool) -> Setting | None:
-    """The setting in what a client has sent so far, or None while there may be more of it."""
+    """The setting in the bytes that a client has sent so far, or None if it is incomplete."""
     first, newline, rest = data.partition(b"\n")
     second, complete, _ = rest.partition(b"\n")
     if len(first) + len(second) > MAX_SETTING:
         return Setting("", "", "too long")
     if not newline and not ended:
         return None
-    user, text = clean(decode(first)), clean(decode(second))
+    line, text = decode(first).rstrip("\r"), clean(decode(second))
+    user = clean(line)
     problem = name_problem(user)
-    # A page in somebody's browser can make it POST to localhost, but not leave this line out.
-    if re.fullmatch(r"\S+ .*HTTP/[0-9.]+", user):
-        problem = "this is not a web server"
+    if GREETINGS.match(user):
+        problem = "the first line belongs to another protocol"
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
+        problem = "the first line holds a control character"
     if problem:
         return Setting("", "", problem)
     if not complete and not ended:

@@ -757,18 +757,51 @@ class CodecsTest(Case):
             with self.subTest(data):
                 self.assertIsNone(fingerd.parse_setting(data, False))
                 self.assertTrue(fingerd.parse_setting(data, True).problem)
-        requests = [
-            b"POST / HTTP/1.1", b"GET /moshez HTTP/1.0", b"PUT  HTTP/2", b"OPTIONS * HTTP/1.1"
-        ]  # fmt: skip
-        bad = [b"", b"  ", b"a:b", b"a@b", b"/a", b"#a", b"..", b"x" * 65, b"\xe9"]
-        for line in requests + bad:
-            with self.subTest(line):
-                for rest in (b"\nhi\n", b"\r\nhi\r\n"):
-                    setting = fingerd.parse_setting(line + rest, False)
-                    self.assertEqual((bool(setting.problem), setting.text), (True, ""))
+        for line in (b"", b"  ", b"a:b", b"a@b", b"/a", b"#a", b"..", b"x" * 65, b"\xe9"):
+            self.refuses_the_line(line, "name")
         for data in (b"moshez\n" + b"x" * 1001 + b"\n", b"x" * 8193, b"moshez\n" + b"\0" * 8192):
             with self.subTest(data[:20]):
                 self.assertIn("long", fingerd.parse_setting(data, False).problem)
+
+    def refuses_the_line(self, line: bytes, problem: str) -> None:
+        """Checks that the setter refuses a first line before it has seen the second one."""
+        for end in (b"\n", b"\r\n", b"\nhi\n", b"\r\nhi\r\n"):
+            with self.subTest(line + end):
+                user, text, found = fingerd.parse_setting(line + end, False)
+                self.assertEqual((user, text), ("", ""))
+                self.assertIn(problem, found)
+
+    def test_the_first_line_holds_no_control_character(self) -> None:
+        tls = b'\x16\x03\x01"'  # and the length of a ClientHello may end in LF
+        for line in (tls, b"a\x1b[1mb", b"a\0", b"\x0ca", b"a\rb", b"\x7fa", b"a\xc2\x85"):
+            self.refuses_the_line(line, "control character")
+
+    GREETINGS: ClassVar = """
+        POST / HTTP/1.1|GET /moshez HTTP/1.0|PUT  HTTP/2|OPTIONS * HTTP/1.1|PRI * HTTP/2.0
+        HTTP/1.1 200 OK|OPTIONS / RTSP/1.0|GET /|GET /moshez|HEAD *|EHLO localhost|HELO me
+        LHLO me|220 mail.example.com ESMTP|220-FTP server ready|USER anonymous|PASS guest|AUTH TLS
+        ACCT x|NICK moshez|USER moshez 0 * moshez|PASS secret|CAP LS|CAP LS 302|CAP REQ sasl
+        WEBIRC x y z|SSH-2.0-OpenSSH_9.2|SSH-1.5-x|a1 CAPABILITY|a1 LOGIN x y|a STARTTLS
+        MODE READER|PROXY TCP4 192.0.2.1 192.0.2.2 1 2|RFB 003.008|<?xml version='1.0'?>|*3|$4
+    """
+
+    def test_a_greeting_of_another_protocol_is_no_name(self) -> None:
+        for line in self.GREETINGS.strip().replace("\n", "|").split("|"):
+            for each in (line.strip(), line.strip().lower(), line.strip().upper()):
+                self.refuses_the_line(each.encode(), "protocol")
+        self.refuses_the_line(b"Nick moshez", "protocol")
+
+    NAMES: ClassVar = """
+        get|GET|post|head|user|USER|nick|NICK|pass|cap|ssh|http|ehlo|220|options|John\tDoe
+        Nick Cave|Nick de Vries|Post Malone|Patch Adams|Head Office|Get Smart|Usher Raymond
+        passenger 57|Cap Anson|Joe Login|John HTTP|Service Desk|*|a/b|<b>
+    """
+
+    def test_a_name_that_only_looks_like_a_greeting_can_be_set(self) -> None:
+        for line in self.NAMES.strip().replace("\n", "|").split("|"):
+            with self.subTest(line):
+                setting = Setting(line.strip().replace("\t", " "), "hi")
+                self.assertEqual(fingerd.parse_setting(f"{line}\nhi\n".encode(), False), setting)
 
     HEADS: ClassVar = [
         (raw("GET / HTTP/1.1", "Host: h"), {}),
