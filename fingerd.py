@@ -113,7 +113,10 @@ MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
 MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take 90 ms
+MAX_HEADERS = 100  # of a request
 MAX_BODY = 65_536  # bytes of a request body
+MAX_CHUNKS = 256  # of a request body; they are read again each time that bytes arrive
+MAX_TRAILERS = 4_096  # bytes of the headers behind the last chunk
 MAX_PAGE_USERS = 1_000  # users on the web page
 MAX_FEED = 50  # entries of a feed
 MAX_PAGES = 256  # users' pages that are remembered, each of 20 kB at most
@@ -389,80 +392,110 @@ def plain_time(when: float) -> str:
     return format_utc(when, "%Y-%m-%d %H:%M UTC")
 
 
+HTTP_TIME = "%a, %d %b %Y %H:%M:%S GMT"
+
+
 @functools.lru_cache(maxsize=16)  # 16 short strings: each response has the Date
 def http_time(second: int) -> str:
     """`second` (since 1970) as HTTP writes it (RFC 9110, section 5.6.7)."""
-    return format_utc(second, "%a, %d %b %Y %H:%M:%S GMT")
+    return format_utc(second, HTTP_TIME)
 
 
-# ---- HTTP/1.1 request heads (RFC 9112) ---------------------------------------------------------
+def parse_http_time(text: str) -> float:
+    """The second that `text` names; infinity if it is not a date as HTTP writes it today."""
+    try:
+        when = datetime.datetime.strptime(text, HTTP_TIME)
+    except ValueError:
+        return math.inf
+    return when.replace(tzinfo=datetime.timezone.utc).timestamp()
+
+
+# ---- HTTP/1.1 requests (RFC 9112) --------------------------------------------------------------
+# They are read strictly: if a proxy finds the end of a request elsewhere than we do, a client can
+# hide a second request in the first.
 
 
 class HttpHead(NamedTuple):
     """A request head, or in `problem` the status (400 to 505) with which it is refused."""
 
     problem: int = 0
-    size: int = 0  # bytes of the head in front of the body
+    size: int = 0  # bytes of the head
     method: str = ""
     path: str = ""
     query: str = ""
     headers: Mapping[str, str] = {}  # names in lower case; repeated ones joined with ", "
-    length: int = 0  # bytes of the body
+    length: int = 0  # bytes of a body that is not chunked
+    chunked: bool = False
     http_1_1: bool = False
-    keep: bool = False  # whether the connection stays afterwards
+    keep: bool = False  # whether the connection stays open afterwards
 
 
+class HttpBody(NamedTuple):
+    """A request body, or in `problem` the status with which it is refused."""
+
+    problem: int = 0
+    size: int = 0  # bytes that were received for it
+    data: bytes = b""
+
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEAD_END = re.compile(rb"\n\r?\n")
-_HEAD = re.compile(
-    rb"[\r\n]*(%(token)s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n"
-    rb"((?:%(token)s:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*)\r?\n"
-    % {b"token": rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"}
-)
-_TARGET = r"(?i:https?://[^/?#]*)?(/[^?]*|)(?:\?(.*))?"
+_REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?" % _TOKEN)
+_HEADERS = re.compile(rb"(?:%s:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*" % _TOKEN)
+_HOST = r"(?:[0-9A-Za-z._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
+_TARGET = re.compile(rf"(?:(?i:https?)://({_HOST}))?(/[^?#]*|)(?:\?([^#]*))?")
+_CHUNK = re.compile(
+    rb"([0-9A-Fa-f]{1,8})[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?(\r\n|\r?\Z)|\Z"
+)  # the first line of a chunk, or its beginning
+_TRAILERS = re.compile(rb"(?:%s:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(\r\n)?" % _TOKEN)
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     """The status that refuses a request with these headers, or 0."""
-    if "transfer-encoding" in headers:
-        return 501
     host = headers.get("host", "missing!" if http_1_1 else "")
     length = headers.get("content-length", "0")
-    # One that was repeated has a comma in it.
-    if not (re.fullmatch(r"[0-9A-Za-z._:\[\]%-]*", host) and re.fullmatch("[0-9]+", length)):
+    # If there are two, a comma stands between them.
+    if (host and not re.fullmatch(_HOST, host)) or not re.fullmatch("[0-9]+", length):
         return 400
-    if len(length) > 9 or int(length) > MAX_BODY:
+    if "transfer-encoding" in headers:
+        codings = [coding.strip() for coding in headers["transfer-encoding"].lower().split(",")]
+        return 501
+        if not http_1_1 or "content-length" in headers or "chunked" in codings[:-1]:
+            return 400
+        if codings != ["chunked"]:
+            return 501
+    if len(length.lstrip("0")) > 9 or int(length.lstrip("0") or "0") > MAX_BODY:
         return 413
     return 417 if headers.get("expect", "100-continue").lower() != "100-continue" else 0
 
 
-def parse_complete_head(head: bytes) -> HttpHead:
-    """The request in a complete head.
-
-    It is read strictly: a proxy and a server that read a head differently can be tricked with it.
-    """
-    match = _HEAD.fullmatch(head)
-    if not match:
+def parse_complete_head(line: re.Match[bytes], fields: bytes, size: int) -> HttpHead:
+    """The request in a head of `size` bytes, given its first line and its headers."""
+    method, target, major, minor = (part.decode("latin-1") for part in line.groups())
+    if not _HEADERS.fullmatch(fields):
         return HttpHead(400)
-    method, target, major, minor, lines = (part.decode("latin-1") for part in match.groups())
     if major != "1":
         return HttpHead(505)
     headers: dict[str, str] = {}
-    for line in lines.split("\n")[:-1]:
-        name, _, value = line.partition(":")
+    for field in fields.decode("latin-1").split("\n")[:-1]:
+        name, _, value = field.partition(":")
         name, value = name.lower(), value.strip(" \t\r")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     http_1_1 = minor != "0"
-    problem, place = header_problem(headers, http_1_1), re.fullmatch(_TARGET, target)
-    if problem or not (place or method in ("OPTIONS", "CONNECT")):
+    problem, place = header_problem(headers, http_1_1), _TARGET.fullmatch(target)
+    if problem or not (place or method == "CONNECT" or (method, target) == ("OPTIONS", "*")):
         return HttpHead(problem or 400)
+    if place and place[1]:  # a target in absolute form (section 3.2.2)
+        headers["host"] = place[1]
     tokens = [token.strip().lower() for token in headers.get("connection", "").split(",")]
     return HttpHead(
-        size=len(head),
+        size=size,
         method=method,
-        path=place[1] or "/" if place else "*",
-        query=place[2] or "" if place else "",
+        path=place[2] or "/" if place else "*",
+        query=place[3] or "" if place else "",
         headers=headers,
-        length=int(headers.get("content-length", "0")),
+        length=int(headers.get("content-length", "").lstrip("0") or "0"),
+        chunked="transfer-encoding" in headers,
         http_1_1=http_1_1,
         keep="close" not in tokens and (http_1_1 or "keep-alive" in tokens),
     )
@@ -470,16 +503,62 @@ def parse_complete_head(head: bytes) -> HttpHead:
 
 def parse_http_head(data: bytes, ended: bool) -> HttpHead | None:
     """The request head at the front of `data`, or None while it is incomplete."""
-    begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with a line too many
+    begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with an extra line
     end = _HEAD_END.search(data, begin)
-    head = data[: end.end()] if end else data
-    if len(head) > MAX_HTTP_LINE:
-        sizes = [len(line.rstrip(b"\r")) for line in head[begin:].split(b"\n")]
-        if sizes[0] > MAX_HTTP_LINE:
-            return HttpHead(414)
-        if len(head) > MAX_HTTP_HEAD or max(sizes) > MAX_HTTP_LINE:
+    size = end.end() if end else len(data)
+    first, newline, fields = data[begin : end.start() + 1 if end else size].partition(b"\n")
+    if len(first.rstrip(b"\r")) > MAX_HTTP_LINE:
+        return HttpHead(414)
+    if size > MAX_HTTP_LINE:
+        longest = max(len(field.rstrip(b"\r")) for field in fields.split(b"\n"))
+        if size > MAX_HTTP_HEAD or longest > MAX_HTTP_LINE:
             return HttpHead(431)
-    return parse_complete_head(head) if end else None
+    if fields.count(b"\n") > MAX_HEADERS:
+        return HttpHead(431)
+    line = _REQUEST_LINE.fullmatch(first)
+    if newline and not line:  # also a line of HTTP/0.9, which has no headers to wait for
+        return HttpHead(400)
+    return parse_complete_head(line, fields, size) if end and line else None
+
+
+def parse_chunks(received: bytes, begin: int) -> HttpBody | None:
+    """The chunked body (section 7.1) that begins there, or None while it is incomplete.
+
+    Extensions and trailers are dropped.
+    """
+    pieces: list[bytes] = []
+    length, at = 0, begin
+    while True:
+        chunk = _CHUNK.match(received, at)
+        if not chunk:
+            return HttpBody(400)
+        if chunk[2] != b"\r\n":
+            return None
+        size, at = int(chunk[1], 16), chunk.end()
+        if not size:
+            break
+        length += size
+        if length > MAX_BODY or len(pieces) >= MAX_CHUNKS:
+            return HttpBody(413)
+        pieces.append(received[at : at + size])
+        at += size + 2
+        behind = received[at - 2 : at]
+        if behind != b"\r\n":
+            return None if b"\r\n".startswith(behind) else HttpBody(400)
+    trailers = _TRAILERS.match(received, at, at + MAX_TRAILERS)
+    if trailers and trailers[1]:
+        return HttpBody(0, trailers.end() - begin, b"".join(pieces))
+    if len(received) - at >= MAX_TRAILERS:
+        return HttpBody(431)
+    return HttpBody(400) if trailers and b"\n" in received[trailers.end() :] else None
+
+
+def parse_http_body(head: HttpHead, received: bytes) -> HttpBody | None:
+    """The body behind the head at the front of `received`, or None while it is incomplete."""
+    if head.chunked:
+        return parse_chunks(received, head.size)
+    end = head.size + head.length
+    return HttpBody(0, head.length, received[head.size : end]) if len(received) >= end else None
 
 
 def format_http_head(status: int, headers: Mapping[str, str]) -> bytes:
@@ -1408,26 +1487,40 @@ class WebAnswers:
         return page
 
 
-def is_unchanged(head: HttpHead, page: Page) -> bool:
-    """Whether the client has the page (RFC 9110, section 13.1; a date counts if it is the same)."""
-    known = head.headers.get("if-none-match")
+def conditional_status(head: HttpHead, page: Page) -> int:
+    """The status of the response by the conditions of a GET (RFC 9110, section 13.2.2).
+
+    It is 304 if the client has the page, and 412 if it wants no other than one that it has.
+    """
+    etag, headers = page.headers["ETag"], head.headers
+    wanted, known = headers.get("if-match"), headers.get("if-none-match")
+    date = headers.get("if-unmodified-since")
+    if wanted is not None:
+        if wanted != "*" and etag not in re.findall(r'(?:W/)?"[^"]*"', wanted):
+            return 412
+    elif date is not None and page.modified > parse_http_time(date):
+        return 412
     if known is not None:
-        return known == "*" or page.headers["ETag"] in re.findall(r'"[^"]*"', known)
-    return page.modified > 0 and head.headers.get("if-modified-since") == http_time(page.modified)
+        return 304 if known == "*" or etag in re.findall(r'"[^"]*"', known) else 200
+    is_same = page.modified and headers.get("if-modified-since") == http_time(page.modified)
+    return 304 if is_same else 200
 
 
 def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
     """The response with `page` to the request `head` at the time `now`, in pieces."""
+    status = page.status
+    if status == 200 and head.method != "POST":
+        status = conditional_status(head, page)
+        page = error_page(412) if status == 412 else page
     headers = {"Date": http_time(int(now)), **page.headers}
     if 0 < page.modified <= now:
         headers["Last-Modified"] = http_time(page.modified)
     if not (head.keep and head.http_1_1):
         headers["Connection"] = "keep-alive" if head.keep else "close"
-    if page.status == 200 and head.method != "POST" and is_unchanged(head, page):
+    if status == 304:
         del headers["Content-Type"], headers["Content-Length"]
-        return [format_http_head(304, headers)]
-    top = format_http_head(page.status, headers)
-    if head.method == "HEAD" or not page.pieces:
+    top = format_http_head(status, headers)
+    if head.method == "HEAD" or status == 304 or not page.pieces:
         return [top]
     return [top + page.pieces[0], *page.pieces[1:]]
 

@@ -803,39 +803,67 @@ class CodecsTest(Case):
                 setting = Setting(line.strip().replace("\t", " "), "hi")
                 self.assertEqual(fingerd.parse_setting(f"{line}\nhi\n".encode(), False), setting)
 
-    HEADS: ClassVar = [
+    HEADS: ClassVar = [  # request heads, and how they differ from a plain GET of /
         (raw("GET / HTTP/1.1", "Host: h"), {}),
         (raw("GET / HTTP/1.1", "Host: h", end="\n"), {}),
         (b"\r\n\n" + raw("GET / HTTP/1.1", "Host: h"), {}),
         (raw("GET / HTTP/1.9", "HOST:\t h \t"), {}),
         (raw("GET / HTTP/1.1", "Host:"), {"headers": {"host": ""}}),
         (raw("GET / HTTP/1.1", "Host: [::1]:80"), {"headers": {"host": "[::1]:80"}}),
-        (raw("HEAD /a%20b?x=1?y HTTP/1.1", "Host: h"),
-         {"method": "HEAD", "path": "/a%20b", "query": "x=1?y"}),
-        (raw("GET http://h:8000/a?b HTTP/1.1", "Host: h"), {"path": "/a", "query": "b"}),
-        (raw("GET HTTP://h HTTP/1.1", "Host: h"), {}),
+        (raw("GET / HTTP/1.1", "Host: a_b.c.:1"), {"headers": {"host": "a_b.c.:1"}}),
+        (
+            raw("HEAD /a%20b?x=1?y HTTP/1.1", "Host: h"),
+            {"method": "HEAD", "path": "/a%20b", "query": "x=1?y"},
+        ),
+        (
+            raw("GET http://h:8000/a?b HTTP/1.1", "Host: other"),
+            {"path": "/a", "query": "b", "headers": {"host": "h:8000"}},
+        ),
+        (raw("GET HTTP://h HTTP/1.1", "Host: other"), {}),
+        (raw("GET https://h?b HTTP/1.1", "Host: h"), {"query": "b"}),
+        (
+            raw("GET http://h/ HTTP/1.0"),
+            {"headers": {"host": "h"}, "http_1_1": False, "keep": False},
+        ),
         (raw("GET //a HTTP/1.1", "Host: h"), {"path": "//a"}),
-        (raw("GET /zo\xc3\xa9 HTTP/1.1", "Host: h"), {"path": "/zo\xc3\xa9"}),
+        (raw("GET /zo\xc3\xa9\x85\xa0 HTTP/1.1", "Host: h"), {"path": "/zo\xc3\xa9\x85\xa0"}),
         (raw("OPTIONS * HTTP/1.1", "Host: h"), {"method": "OPTIONS", "path": "*"}),
         (raw("g3t! / HTTP/1.1", "Host: h"), {"method": "g3t!"}),
         (raw("GET / HTTP/1.0"), {"headers": {}, "http_1_1": False, "keep": False}),
-        (raw("GET / HTTP/1.0", "Connection: Keep-Alive"),
-         {"headers": {"connection": "Keep-Alive"}, "http_1_1": False}),
-        (raw("GET / HTTP/1.1", "Host: h", "Connection: TE, Close"),
-         {"headers": {"host": "h", "connection": "TE, Close"}, "keep": False}),
-        (raw("GET / HTTP/1.1", "Host: h", "Connection: TE", "Connection: close"),
-         {"headers": {"host": "h", "connection": "TE, close"}, "keep": False}),
-        (raw("GET / HTTP/1.1", "Host: h", "Connection: closed"),
-         {"headers": {"host": "h", "connection": "closed"}}),
-        (raw("POST /RPC2 HTTP/1.1", "Host: h", "Content-Length: 065536"),
-         {"method": "POST", "path": "/RPC2", "length": 65536,
-          "headers": {"host": "h", "content-length": "065536"}}),
-        (raw("GET / HTTP/1.1", "Host: h", "Expect: 100-Continue"),
-         {"headers": {"host": "h", "expect": "100-Continue"}}),
-        (raw("GET / HTTP/1.1", "Host: h", "X:", "a: \xe9\tb", "x: 1"),
-         {"headers": {"host": "h", "x": ", 1", "a": "\xe9\tb"}}),
+        (
+            raw("GET / HTTP/1.0", "Connection: Keep-Alive"),
+            {"headers": {"connection": "Keep-Alive"}, "http_1_1": False},
+        ),
+        (
+            raw("GET / HTTP/1.1", "Host: h", "Connection: TE, Close"),
+            {"headers": {"host": "h", "connection": "TE, Close"}, "keep": False},
+        ),
+        (
+            raw("GET / HTTP/1.1", "Host: h", "Connection: TE", "Connection: close"),
+            {"headers": {"host": "h", "connection": "TE, close"}, "keep": False},
+        ),
+        (
+            raw("GET / HTTP/1.1", "Host: h", "Connection: closed"),
+            {"headers": {"host": "h", "connection": "closed"}},
+        ),
+        (
+            raw("GET / HTTP/1.1", "Host: h", "Content-Length: 065536"),
+            {"length": 65536, "headers": {"host": "h", "content-length": "065536"}},
+        ),
+        (
+            raw("GET / HTTP/1.1", "Host: h", "Content-Length: " + "0" * 5_000),
+            {"headers": {"host": "h", "content-length": "0" * 5_000}},
+        ),
+        (
+            raw("GET / HTTP/1.1", "Host: h", "Expect: 100-Continue"),
+            {"headers": {"host": "h", "expect": "100-Continue"}},
+        ),
+        (
+            raw("GET / HTTP/1.1", "Host: h", "X:", "a: \xe9\tb", "x: 1"),
+            {"headers": {"host": "h", "x": ", 1", "a": "\xe9\tb"}},
+        ),
         (raw("GET /" + "x" * 8178 + " HTTP/1.1", "Host: h"), {"path": "/" + "x" * 8178}),
-    ]  # fmt: skip
+    ]
 
     def test_request_heads(self) -> None:
         plain = {"method": "GET", "path": "/", "headers": {"host": "h"}, "http_1_1": True}
@@ -847,43 +875,114 @@ class CodecsTest(Case):
                 for size in range(0, len(data), 1 if len(data) < 500 else 97):
                     self.assertIsNone(fingerd.parse_http_head(data[:size], False))
 
+    BAD_LINES: ClassVar = [
+        "GET /",
+        "GET",
+        "/",
+        "GET  / HTTP/1.1",
+        "GET / HTTP/1.1 ",
+        " GET / HTTP/1.1",
+        "GET /a b HTTP/1.1",
+        "GET\t/ HTTP/1.1",
+        "G(T / HTTP/1.1",
+        "GéT / HTTP/1.1",
+        "GET / http/1.1",
+        "GET / HTTP/1.10",
+        "GET / HTTP/11",
+        "GET / HTTP/1",
+        "GET / HTTP/+1.1",
+        "GET /\x00 HTTP/1.1",
+        "GET /\x7f HTTP/1.1",
+        "GET /\r HTTP/1.1",
+        "GET / HTTP/1.1\r",
+    ]
+    BAD_TARGETS: ClassVar = [
+        "moshez",
+        "*",
+        "ftp://h/",
+        "http:/h",
+        "http://",
+        "http:///",
+        "http://:80/",
+        "http://u@h/",
+        "http://u:p@h/",
+        "http://h#f",
+        "http://a%41/",
+        "http://[::1/",
+        "/#f",
+        "/a?b#f",
+        "#",
+        "h:80",
+    ]
+    BAD_HEADERS: ClassVar = [
+        "Host: other",
+        "Host : h",
+        "no colon",
+        ": x",
+        "a b: c",
+        "X: a\n folded",
+        "X: a\rY: b",
+        "X: a\x00b",
+        "X: \x1b",
+        "X: \x7f",
+        "Xé: a",
+        "X: a\r",
+        "\tX: a",
+        "X\t: a",
+        "Content-Length: 5\nContent-Length: 5",
+        "Content-Length: 5\nContent-Length: 6",
+        "Content-Length: 5, 5",
+        "Content-Length: +5",
+        "Content-Length: -5",
+        "Content-Length: 0x5",
+        "Content-Length:",
+        "Content-Length: 5 5",
+        "Content-Length: ²",
+        "Content-Length: 1_0",
+        "Content-Length : 5",
+    ]
+    BAD_HOSTS: ClassVar = [
+        "a b",
+        "a, b",
+        "a/b",
+        "u@h",
+        "]][[::",
+        "%%%%",
+        "[::1",
+        "[]",
+        "[::1]x",
+        "h:80:80",
+        "h:1234567",
+        ":80",
+        "h#",
+    ]
+
     def test_doubtful_request_heads_are_refused(self) -> None:
-        host, length = "Host: h", "Content-Length: "
+        get, host = "GET / HTTP/1.1", "Host: h"
         rows: list[tuple[int, list[str]]] = [
-            *[(400, [line, host]) for line in (
-                "GET /", "GET", "/", "GET  / HTTP/1.1", "GET / HTTP/1.1 ", " GET / HTTP/1.1",
-                "GET /a b HTTP/1.1", "GET\t/ HTTP/1.1", "G(T / HTTP/1.1", "GET / http/1.1",
-                "GET / HTTP/1.10", "GET / HTTP/11", "GET / HTTP/1", "GET / HTTP/+1.1",
-                "GET moshez HTTP/1.1", "GET * HTTP/1.1", "GET ftp://h/ HTTP/1.1",
-                "GET /\x00 HTTP/1.1", "GET /\x7f HTTP/1.1", "GET /\r HTTP/1.1",
-                "GET / HTTP/1.1\r", "G\xe9T / HTTP/1.1")],
-            *[(505, [f"GET / HTTP/{version}", host]) for version in ("0.9", "2.0", "3.1")],
-            *[(400, ["GET / HTTP/1.1", *headers]) for headers in (
-                [], [host, host], [host, "Host: other"], ["Host : h"], ["Host: a b"],
-                ["Host: a, b"], ["Host: a/b"], ["Host: u@h"], [host, "no colon"], [host, ": x"],
-                [host, "a b: c"],
-                [host, "X: a", " folded"], [host, "X: a\rY: b"], [host, "X: a\x00b"],
-                [host, "X: \x1b"], [host, "X: \x7f"], [host, "X\xe9: a"], [host, "X: a\r"],
-                [host, "\tX: a"], [host, "X\t: a"])],
-            *[(400, ["POST / HTTP/1.1", host, *headers]) for headers in (
-                [length + "5", length + "5"], [length + "5", length + "6"], [length + "5, 5"],
-                [length + "+5"], [length + "-5"], [length + "0x5"], [length], [length + "5 5"],
-                [length + "\xb2"], [length + "1_0"], ["Content-Length : 5"])],
-            *[(501, ["POST / HTTP/1.1", host, header]) for header in (
-                "Transfer-Encoding: chunked", "Transfer-Encoding: identity", "transfer-encoding:",
-                "Transfer-Encoding: xchunked")],
-            (501, ["POST / HTTP/1.0", "Transfer-Encoding: chunked"]),
-            (501, ["POST / HTTP/1.1", host, length + "5", "Transfer-Encoding: chunked"]),
-            (413, ["POST / HTTP/1.1", host, length + "65537"]),
-            (413, ["POST / HTTP/1.1", host, length + "9" * 5000]),
-            (417, ["POST / HTTP/1.1", host, "Expect: a miracle"]),
+            *((400, [line, host]) for line in self.BAD_LINES),
+            *((400, [f"GET {target} HTTP/1.1", host]) for target in self.BAD_TARGETS),
+            *((400, [get, host, *lines.split("\n")]) for lines in self.BAD_HEADERS),
+            *((400, [get, f"Host: {name}"]) for name in self.BAD_HOSTS),
+            (400, [get]),
+            (400, ["GET http://h/ HTTP/1.1"]),
+            *((505, [f"GET / HTTP/{version}", host]) for version in ("0.9", "2.0", "3.1")),
+            (413, [get, host, "Content-Length: 65537"]),
+            (413, [get, host, "Content-Length: " + "9" * 5000]),
+            (417, [get, host, "Expect: a miracle"]),
             (414, ["GET /" + "x" * 8192 + " HTTP/1.1", host]),
-            (431, ["GET / HTTP/1.1", host, "X: " + "x" * 8190]),
-            (431, ["GET / HTTP/1.1", host, *["X: " + "x" * 5000] * 4]),
-        ]  # fmt: skip
+            (431, [get, host, "X: " + "x" * 8190]),
+            (431, [get, host, *["X: " + "x" * 5000] * 4]),
+            (431, [get, host, *["X:"] * 100]),
+        ]
         for status, lines in rows:
             with self.subTest([line[:60] for line in lines]):
                 self.assertEqual(fingerd.parse_http_head(raw(*lines), False), Head(status))
+
+    def test_a_line_that_is_no_request_is_refused_at_once(self) -> None:
+        for line in (b"GET /moshez\r\n", b"moshez\n", b"\r\nhello \r\n", b"\x16\x03\x01\n"):
+            self.assertEqual(fingerd.parse_http_head(line, False), Head(400), line)
+            self.assertIsNone(fingerd.parse_http_head(line[:-1], False), line)
 
     def test_a_request_head_without_an_end_is_too_long_in_the_end(self) -> None:
         start = raw("GET / HTTP/1.1", "Host: h")[:-2]
@@ -1631,6 +1730,29 @@ class WebTest(SharedCase):
             for condition in ('If-None-Match: "x"', "If-Modified-Since: yesterday",
                               f'If-None-Match: "x"\r\nIf-Modified-Since: {modified}'):  # fmt: skip
                 self.assertEqual(self.get(target, condition).body, dated.body, condition)
+
+    def test_a_page_that_is_not_wanted_any_more_is_not_sent(self) -> None:
+        page = until(lambda: "last-modified" in self.get().headers and self.get())
+        etag, modified = page.headers["etag"], page.headers["last-modified"]
+        rows = [
+            (200, f"If-Match: {etag}"),
+            (200, f'If-Match: "x", {etag}'),
+            (200, "If-Match: *"),
+            (200, f"If-Unmodified-Since: {modified}"),
+            (200, "If-Unmodified-Since: Thu, 01 Jan 2099 00:00:00 GMT"),
+            (200, "If-Unmodified-Since: yesterday"),
+            (200, f"If-Match: {etag}\r\nIf-Unmodified-Since: Thu, 01 Jan 1970 00:00:00 GMT"),
+            (304, f"If-Match: {etag}\r\nIf-None-Match: {etag}"),
+            (412, 'If-Match: "x"'),
+            (412, f"If-Match: W/{etag}"),
+            (412, "If-Unmodified-Since: Thu, 01 Jan 1970 00:00:00 GMT"),
+            (412, f'If-Match: "x"\r\nIf-None-Match: {etag}'),
+        ]
+        for status, condition in rows:
+            for method in ("GET", "HEAD"):
+                with self.subTest(condition):
+                    self.assertEqual(self.get("/moshez", condition, method=method).status, status)
+        self.assertEqual(self.get("/nobody", "If-Match: *").status, 404)
 
     def test_the_style_is_the_one_that_the_policy_allows(self) -> None:
         style = re.findall("<style>(.*?)</style>", self.get().body.decode(), re.DOTALL)[0]
