@@ -937,7 +937,7 @@ class StateFile:
             opened.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._db = sqlite3.connect(
-                str(self._path), LOCKED_SECONDS, isolation_level=None, check_same_thread=False
+                self._path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
             )
             opened.callback(self._db.close)
             self._prepare()
@@ -3090,30 +3090,21 @@ def is_url(users: str) -> bool:
     return users.lower().startswith(("http://", "https://"))
 
 
-def is_private_group(gid: int, uid: int) -> bool:
-    """Whether a group is there for one user alone: many systems give each user such a group."""
-    try:
-        group, name = grp.getgrgid(gid), pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return False
-    return group.gr_name == name and set(group.gr_mem) <= {name}
-
-
 def refuse_shared(folder: pathlib.Path, uid: int) -> None:
     """Raise StartError if others than root and `uid` can write to `folder` or replace it.
 
-    Nobody can move somebody else's directory out of a sticky one, such as /tmp.
+    A group of the same number is taken for the user's own: many systems give each user one.
     """
+    home = os.path.realpath(os.path.expanduser("~"))
     for part in (folder, *folder.parents):
         with contextlib.suppress(FileNotFoundError, PermissionError):
             found = part.stat()
-            shared = found.st_mode & stat.S_IWOTH or (
-                found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid, uid)
-            )
-            sticky = part != folder and found.st_mode & stat.S_ISVTX
-            if found.st_uid not in (0, uid) or (shared and not sticky):
+            writers = stat.S_IWOTH if found.st_gid == uid else stat.S_IWOTH | stat.S_IWGRP
+            if part != folder and found.st_mode & stat.S_ISVTX:
+                writers = 0  # nobody can move another user's directory out of this one
+            if found.st_uid not in (0, uid) or found.st_mode & writers:
                 raise StartError(f"{part}: others can write here: chmod or chown it (see --state)")
-        if part == pathlib.Path.home():
+        if str(part) == home:
             return
 
 
@@ -3123,7 +3114,7 @@ def state_folder(folder: pathlib.Path, make: bool, owner: tuple[int, int] | None
     Made for `owner` if it is missing and `make`. Root does nothing inside it.
     """
     folder = pathlib.Path(os.path.realpath(folder))
-    if make and not folder.exists():
+    if make and not os.path.exists(folder):
         refuse_shared(folder.parent, os.geteuid())
         with contextlib.suppress(OSError):  # a failure shows when the file is opened
             folder.parent.mkdir(parents=True, exist_ok=True)

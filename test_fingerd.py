@@ -1127,33 +1127,33 @@ class StoreTest(Case):
         self.assertEqual((self.store.get("mute"), self.store.get("nobody")), (None, None))
         self.assertNotIn("mute", texts_of(self.store))
 
-    def test_whoever_spoke_last_is_heard(self) -> None:
+    def test_the_most_recent_change_wins(self) -> None:
         edit, undo, other = {"moshez": "edited"}, {"moshez": "file"}, {"shawn": "other"}
-        rows: list[tuple[str, list[Any], dict[str, str]]] = [  # messages; or what the file says
-            ("a line did not change", ["mine", {**undo, **other}], {"moshez": "mine", **other}),
-            ("an edit", ["mine", edit], edit),
-            ("an edit that was undone", ["mine", edit, undo], undo),
-            ("an absent line hides", ["mine", other], other),
-            ("until it is back", ["mine", other, undo], {"moshez": "mine"}),
-            ("or is another", ["mine", other, undo, {}, edit], edit),
-            ("taken back", ["mine", ""], {"moshez": "file", "shawn": "alive"}),
-            ("by whom the file gives no status", [{"moshez": ""}, "mine", ""], {}),
-            ("by whom the file does not know", [{}, "mine", ""], {}),
-            ("whom it still does not know", [{}, "mine", other], {"moshez": "mine", **other}),
-            ("whom it names", [{}, "mine", {"moshez": ""}], {}),
-            ("whom it names, and no more", [{}, "mine", {"moshez": ""}, {}], {}),
+        rows: list[tuple[str, list[Any], dict[str, str]]] = [  # messages and contents of the file
+            ("a message over a line", ["mine", {**undo, **other}], {"moshez": "mine", **other}),
+            ("the line is edited", ["mine", edit], edit),
+            ("and edited back", ["mine", edit, undo], undo),
+            ("the line is gone", ["mine", other], other),
+            ("and comes back", ["mine", other, undo], {"moshez": "mine"}),
+            ("or comes back with another text", ["mine", other, undo, {}, edit], edit),
+            ("the message is taken back", ["mine", ""], {"moshez": "file", "shawn": "alive"}),
+            ("over a line without a status", [{"moshez": ""}, "mine", ""], {}),
+            ("over no line", [{}, "mine", ""], {}),
+            ("there is still no line", [{}, "mine", other], {"moshez": "mine", **other}),
+            ("a line appears", [{}, "mine", {"moshez": ""}], {}),
+            ("and goes", [{}, "mine", {"moshez": ""}, {}], {}),
         ]
-        for title, said, heard in rows:
+        for title, events, shown in rows:
             with self.subTest(title):
                 store = make_store(self.FILE)
-                for when, words in enumerate(said, 2000):
-                    if isinstance(words, str):
-                        store.set("moshez", words)
+                for when, event in enumerate(events, 2000):
+                    if isinstance(event, str):
+                        store.set("moshez", event)
                     else:
-                        store.replace_file(dict(words), when)
+                        store.replace_file(dict(event), when)
                 status = store.get("moshez")
-                self.assertEqual(status and status.text, heard.get("moshez"))
-                self.assertEqual(texts_of(store), heard)
+                self.assertEqual(status and status.text, shown.get("moshez"))
+                self.assertEqual(texts_of(store), shown)
 
     def test_since_is_when_the_text_became_visible(self) -> None:
         self.assertEqual(self.store.get("moshez"), ("file", 1000.0))
@@ -1167,7 +1167,7 @@ class StoreTest(Case):
         self.load(3000.0, moshez="file")
         self.assertEqual(self.store.get("moshez"), ("mine", since))
 
-    def test_changes_are_told_oldest_first_and_only_where_something_shows(self) -> None:
+    def test_changes_come_oldest_first_and_only_if_something_shows(self) -> None:
         start = self.store.version
         self.assertEqual(self.store.changes_after(0), [])  # the first load is no news
         self.store.set("moshez", "mine")
@@ -1214,7 +1214,7 @@ class StateFileTest(Case):
             store.close()
         self.assertEqual(seen, {"moshez": "mine", "shawn": "alive", "zo\u00e9": FAMILY})
 
-    def test_an_edit_while_we_were_down_is_obeyed(self) -> None:
+    def test_an_edit_while_the_service_is_down_wins(self) -> None:
         for text in ("file", "edited", "file"):
             store = self.run_over(moshez=text)
             seen = texts_of(store)
@@ -3340,14 +3340,14 @@ class DurabilityTest(Case):
             state.close()
             os.replace(path.with_name("other"), path)
 
-        for how in (
-            remove,
-            replace,
-            pathlib.Path.unlink,
-            lambda path: os.truncate(path, 0),
-            lambda path: pathlib.Path(f"{path}-wal").unlink(),
-        ):
-            with self.subTest(how):
+        for title, how in {
+            "removed with its log": remove,
+            "removed": pathlib.Path.unlink,
+            "replaced": replace,
+            "cut": lambda path: os.truncate(path, 0),
+            "its log removed": lambda path: pathlib.Path(f"{path}-wal").unlink(),
+        }.items():
+            with self.subTest(title):
                 service = self.launch()
                 for user in ("shawn", "gone"):
                     self.assertEqual(service.set(user, "first"), "OK\r\n")
@@ -3425,9 +3425,12 @@ class DurabilityTest(Case):
         code = f"""import sys; sys.path.insert(0, {str(HERE)!r}); sys.modules["sqlite3"] = None
 import fingerd; sys.exit(fingerd.main())"""
         without = {**os.environ, "STATE_DIRECTORY": str(self.folder() / "state")}
-        for more in ({"env": nowhere}, {"env": without, "program": (sys.executable, "-c", code)}):
-            with self.subTest(more):
-                service = self.launch(state="", **more)
+        for title, env, program in (
+            ("no directory", nowhere, PROGRAM),
+            ("no sqlite3", without, (sys.executable, "-c", code)),
+        ):
+            with self.subTest(title):
+                service = self.launch(state="", env=env, program=program)
                 service.wait_for("WARNING messages will be lost when fingerd ends: ")
                 self.assertEqual(service.set("shawn", "set"), "OK until fingerd restarts\r\n")
                 self.assertEqual(service.finger("shawn"), "set\r\n")
@@ -3550,8 +3553,10 @@ class PrivilegesTest(Case):
                 service.start()
                 self.assertEqual(service.finger("shawn"), "kept\r\n")
         service.stop()
-        os.chown(state, 3, 3)
-        self.refuses_to_start(service.command, f"{state}: others can write.*chown", env=env)
+        for uid, gid, mode in ((3, 3, 0o700), (0, 3, 0o770)):
+            os.chown(state, uid, gid)
+            state.chmod(mode)
+            self.refuses_to_start(service.command, f"{state}: others can write.*chown", env=env)
         for option in ("no-such-user", "1:no-such-group", "99999999999", "1:4294967295"):
             with self.subTest(option):
                 self.refuses_to_start(command(service.users, run_as=option), "--run-as")
