@@ -55,7 +55,6 @@ import signal
 import socket
 import socketserver
 import stat
-import struct
 import sys
 import threading
 import time
@@ -121,6 +120,7 @@ MAX_PAGE_USERS = 1_000  # users on the web page
 MAX_FEED = 50  # entries of a feed
 MAX_PAGES = 256  # users' pages that are remembered, each of 20 kB at most
 MAX_SHORT_LIST = 100  # users whose list is made at once; that of more takes long
+MAX_SHORT_CALL = 2_048  # bytes of an XML-RPC call that is read at once; a longer one takes long
 MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 
@@ -135,22 +135,24 @@ SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be fin
 FETCH_SECONDS = 10.0  # to get a users file from another server
 LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
 
-# Connections: how many a server has at the same time, and the seconds for a whole exchange.
-FINGER_SECONDS, FINGER_CEILING = 10.0, 512
-SETTER_SECONDS, SETTER_CEILING = 60.0, 64
-WEB_SECONDS, WEB_CEILING = 15.0, 256  # for each request, with the idle time before it
-SEND_SECONDS = 10.0  # for a peer to take an answer,
+# Connections, for each server.
+CONNECTIONS = 10_000  # at the same time, if the process may have as many descriptors,
+SPARE_DESCRIPTORS = 64  # and these for everything else
+WORKERS = 64  # threads that compute replies
+FINGER_SECONDS = 10.0  # for a query
+SETTER_SECONDS = 60.0  # for a setting
+WEB_SECONDS = 15.0  # for each request, with the idle time before it
+SEND_SECONDS = 10.0  # for a client to take a reply,
 SLOWEST_READER = 100_000  # and a second more for so many bytes of it
-DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # of what a peer still sends after its answer
-RECEIVE_BYTES = 4_096  # taken at once from a peer; the parsers' caches hold them, so not more
-BLOCK_BYTES = 65_536  # taken at once from a file, or from an IRC server
+READERS, STALL_SECONDS = 256, 1.0  # clients with a reply in part, before a stalled one is evicted
+DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # of what a client still sends after the last reply
+RECEIVE_BYTES = 4_096  # received at once from a client
+BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
 BACKLOG = 4_096  # connections that the kernel queues for us
-ACCEPT_SECONDS = 0.25  # that a server without other peers waits inside accept
-TURN_SECONDS = 0.01  # that it accepts without a break, before it serves those who rest
-LOOK_SECONDS = 0.5  # between looks for connections whose time is up
-PAUSE_SECONDS = 0.05  # between attempts to accept when there is no descriptor left
-STOP_SECONDS = 2.0  # for the answers in flight when the service stops
-QUEUE_SECONDS = 1.0  # for the connections that the kernel has queued by then
+ACCEPT_BATCH = 64  # connections that are accepted before others are served
+LOOK_SECONDS = 0.5  # between looks for connections whose deadline has passed
+STOP_SECONDS = 2.0  # for the replies in flight when the service stops
+QUEUE_SECONDS = 1.0  # of it for the connections that the kernel has queued by then
 
 # The process.
 COMPUTING_SECONDS = 1e-4  # that a thread computes before another one's turn; at Python's 5 ms,
@@ -1939,126 +1941,20 @@ class IrcSession:
 # ================================================================================================
 
 
-class NotYet(Exception):
-    """A peer keeps us waiting; it rests until more of it has come."""
+# ---- connections -------------------------------------------------------------------------------
 
 
-class TakesLong(Exception):
-    """What follows may take long, or wait for something else; it needs a thread."""
+class Reply(NamedTuple):
+    """What a server answers to the bytes that it has received."""
+
+    pieces: list[bytes]  # sent one after the other; never changed, so connections can share them
+    used: int  # received bytes that it answers
+    close: bool  # whether it is the last reply
 
 
-class Dismissed(ConnectionError):
-    """A peer that kept us waiting had to make room for another one, or its time was up."""
+Job = Callable[[], Reply]  # computes a reply in a worker thread, where it may block
 
-
-# ---- who may wait ------------------------------------------------------------------------------
-
-
-class Crowd:
-    """The peers that one server is not done with: no more than `ceiling` at a time.
-
-    When it is nearly full, the next one takes the place of a peer that keeps us waiting: the
-    oldest of the network that holds most, so that honest clients, who are done in milliseconds,
-    always get in. Nearly full is at seven eighths: dismissed peers' threads still count a while.
-    A peer that is being answered is never dismissed, but where nobody else can be, one that has
-    taken more than SEND_SECONDS to take its answer.
-    """
-
-    def __init__(self, ceiling: int, patience: float) -> None:
-        self._ceiling, self._patience = ceiling, patience
-        self._lock = threading.Condition()
-        self._peers: dict[Peer, None] = {}  # the oldest in front, the dismissed left out
-        self._threads = 0  # that serve them, or a dismissed peer that they have not left yet
-        self._patient_from = 0.0  # (time.monotonic()), after a wait that was in vain
-        self._closed = False
-
-    def enter(self, peer: Peer) -> None:
-        """Let `peer` in; raises Dismissed if no room can be had within `patience` seconds."""
-        with self._lock:
-            if len(self._peers) >= self._ceiling - self._ceiling // 8:
-                self._make_room()
-            self._wait(lambda: len(self._peers) < self._ceiling)
-            if self._closed:
-                raise Dismissed
-            self._peers[peer] = None
-
-    def add_thread(self) -> None:
-        """Count one more thread; raises Dismissed if it must not be within `patience` seconds."""
-        with self._lock:
-            self._wait(lambda: self._threads < self._ceiling)
-            self._threads += 1
-
-    def _wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until it holds; raises Dismissed where that is in vain, and soon afterwards at once.
-
-        Otherwise those who never take their answers could let everybody wait, again and again.
-        """
-        patience = self._patience if time.monotonic() >= self._patient_from else 0.0
-        if not self._lock.wait_for(condition, patience):
-            self._patient_from = time.monotonic() + LOOK_SECONDS
-            raise Dismissed
-
-    def leave(self, peer: Peer) -> None:
-        """We are done with `peer`, and so is its thread if it has one."""
-        with self._lock:
-            self._peers.pop(peer, None)
-            self._threads -= not peer.in_place
-            self._lock.notify_all()
-
-    def waits(self, peer: Peer) -> None:
-        """From now on `peer` keeps us waiting; raises Dismissed if nobody waits for it any more."""
-        with self._lock:
-            if self._closed or peer not in self._peers:
-                raise Dismissed
-            peer.waiting = True
-
-    def came(self, peer: Peer) -> None:
-        """What `peer` kept us waiting for has come; raises Dismissed if it came too late."""
-        with self._lock:
-            if peer not in self._peers:
-                raise Dismissed
-            peer.waiting = False
-
-    def lose_one(self) -> None:
-        """Dismiss the peer that would have to make room."""
-        with self._lock:
-            self._make_room()
-
-    def expire(self, now: float) -> None:
-        """Dismiss all whose time was up at `now` (time.monotonic())."""
-        with self._lock:
-            for peer in [peer for peer in self._peers if peer.deadline < now]:
-                self._dismiss(peer)
-
-    def close(self) -> None:
-        """Dismiss all who wait, now and from now on."""
-        with self._lock:
-            self._closed = True
-            for peer in [peer for peer in self._peers if peer.waiting]:
-                self._dismiss(peer)
-
-    def wait_until_empty(self, seconds: float) -> bool:
-        """Whether everybody who was being answered had left within `seconds`."""
-        with self._lock:
-            return self._lock.wait_for(lambda: not self._threads, seconds)
-
-    def _make_room(self) -> None:
-        now = time.monotonic()
-        sizes = collections.Counter(peer.network for peer in self._peers)
-        idle = [peer for peer in self._peers if peer.waiting]
-        idle = idle or [peer for peer in self._peers if peer.slow_at < now]
-        if idle:
-            self._dismiss(max(idle, key=lambda peer: sizes[peer.network]))
-
-    def _dismiss(self, peer: Peer) -> None:
-        del self._peers[peer]
-        peer.wake()
-
-
-def limit_wait(sock: socket.SocketType, seconds: float) -> None:
-    """Let the kernel end a wait in accept or recv after so many seconds, 0 for never."""
-    timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+WAITING, WORKING, CLOSED = "waiting", "working", "closed"
 
 
 def plain_address(address: Any) -> str:
@@ -2067,470 +1963,597 @@ def plain_address(address: Any) -> str:
     return host[7:] if host.startswith("::ffff:") else host
 
 
-class Peer:
-    """One connection: bytes in, bytes out, and so much time for a whole exchange.
+class Connection:
+    """The connection of one client, which is always in one of three states.
 
-    It is served in place, in the thread that accepts, where nothing may wait: what would have to
-    raises NotYet or TakesLong, and the same handler runs again, when more has come or in a thread
-    of its own, with the bytes that have come by then.
+    state    owner     leaves the state when
+    -------  --------  --------------------------------------------------------------------------
+    waiting  the loop  bytes or the end of the stream arrive, or there is room for more of its
+                       reply: the loop serves it. Its deadline passes, or it is evicted: closed.
+    working  a worker  the job has computed the reply: the loop sends it.
+    closed   nobody
+
+    The loop is the thread of the connection's server, and it alone uses the socket. A connection
+    waits for a request, for room to send more of a reply, or, after the last reply, for the client
+    to close as well.
     """
 
-    in_place = True
-    crowd: Crowd | None = None  # where it is a member, since it could not be answered at once
-    network = b""  # whom it counts with in the crowd: its IPv4 address, or half of its IPv6 one
-    data = unsent = b""  # what came and is not used up; what is still to be sent
-    ended = closing = waiting = False
-    slow_at = math.inf  # from then on it is slow to take an answer
+    state = WAITING
+    events = 0  # that the selector watches for
+    network = b""  # of the client, once the connection has had to wait
+    received = b""  # bytes that no reply answers yet
+    pipelined = False  # whether they are to be answered before more are received
+    ended = False  # whether the client has sent everything
+    job: Job | None = None
+    result: Reply | None = None  # of the job
+    closing = False  # whether the reply that is being sent is the last one
+    drain = 0  # bytes that may still come after it, to be dropped
 
-    def __init__(self, sock: socket.SocketType, address: Any, seconds: float) -> None:
+    def __init__(self, sock: socket.socket, address: Any, deadline: float) -> None:
         self.sock, self.address = sock, address
-        self.deadline = time.monotonic() + seconds
+        self.deadline = deadline  # of the state `waiting` (time.monotonic())
+        self.unsent: list[bytes | memoryview] = []  # of the reply that is being sent
 
     def __str__(self) -> str:
         return plain_address(self.address)
 
-    def join(self, crowd: Crowd) -> None:
-        """Become one of those who may wait."""
-        host = str(self).partition("%")[0]
-        self.network = socket.inet_pton(socket.AF_INET6, host)[:8] if ":" in host else host.encode()
-        crowd.enter(self)
-        self.crowd = crowd
 
-    def take_thread(self) -> None:
-        """From now on it has a thread of its own, and may wait."""
-        self.in_place = False
-        self.sock.setblocking(True)  # the crowd ends what takes too long,
-        limit_wait(self.sock, 0)  # and not the limit that it has from its listener
-        # Or the last piece of a long answer may wait for 40 ms, for the client to confirm others.
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+def network_of(host: str) -> bytes:
+    """What the connections of an IP address are counted by: itself, or the /64 of an IPv6 one."""
+    if ":" not in host:
+        return host.encode()
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
-    def be_patient(self) -> None:
-        """Go on only in a thread that has time: what follows may take some."""
-        if self.in_place:
-            raise TakesLong
 
-    def allow(self, seconds: float) -> None:
-        """The time for what follows begins now."""
-        self.deadline = time.monotonic() + seconds
+def choose_evicted(waiting: list[Connection], count: int) -> list[Connection]:
+    """The `count` connections to evict: each time the longest idle of the network that has most.
 
-    def receive(self) -> None:
-        """Take what comes next, or learn that nothing will; Dismissed when the time is up."""
-        if self.in_place:
-            try:
-                chunk = self.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                raise NotYet from None
-        else:
-            assert self.crowd  # where whoever has a thread is
-            self.crowd.waits(self)
-            chunk = self.sock.recv(RECEIVE_BYTES)
-            self.crowd.came(self)
-        self.data += chunk
-        self.ended = not chunk
-        if len(chunk) == RECEIVE_BYTES:
-            self.be_patient()  # there is more, which would turn an early close into a reset
-
-    def read(self, parse: Callable[[bytes, bool], T | None]) -> T | None:
-        """What `parse` makes of the bytes, as soon as it makes anything; None if it never does."""
-        if not self.data:
-            self.receive()
-        value = parse(self.data, self.ended)
-        while value is None and not self.ended:
-            self.receive()
-            value = parse(self.data, self.ended)
-        return value
-
-    def send(self, pieces: list[bytes], last: bool) -> None:
-        """Send an answer; after the `last` one the connection ends."""
-        self.closing = last
-        if self.in_place:
-            answer = b"".join(pieces)
-            try:
-                sent = self.sock.send(answer, socket.MSG_DONTWAIT)
-            except BlockingIOError:  # it has not even taken the last answers
-                sent = 0
-            if sent < len(answer):
-                self.unsent = answer[sent:]
-                raise TakesLong
-            return
-        self.allow(SEND_SECONDS + sum(map(len, pieces)) / SLOWEST_READER)
-        self.slow_at = time.monotonic() + SEND_SECONDS
-        for piece in pieces:
-            self.sock.sendall(piece)
-        self.slow_at = math.inf
-
-    def finish(self) -> None:
-        """Close: FIN, then take what still comes for a while, lest a reset eat the answer."""
-        try:
-            if self.closing and not self.ended:
-                self.sock.shutdown(socket.SHUT_WR)
-                self.allow(DRAIN_SECONDS)
-                self.data = b""
-                while not self.ended and len(self.data) < DRAIN_BYTES:
-                    self.receive()
-        except OSError:
-            pass  # it was their loss
-        finally:
-            self.sock.close()
-
-    def wake(self) -> None:
-        """End what waits on the connection, from another thread."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+    `waiting` begins with the longest idle one.
+    """
+    sizes: collections.Counter[bytes] = collections.Counter()
+    ranked: list[tuple[int, Connection]] = []  # the longest idle of a network has the highest rank
+    for connection in reversed(waiting):
+        sizes[connection.network] += 1
+        ranked.append((sizes[connection.network], connection))
+    ranked.reverse()
+    chosen = heapq.nlargest(count, ranked, key=lambda entry: entry[0])
+    return [connection for _, connection in chosen]
 
 
 # ---- servers -----------------------------------------------------------------------------------
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """What finger, setter and web share: answers in place, and threads for what takes long.
+    """What the finger, setter and web servers share: a loop, and worker threads for long jobs.
 
-    The query is nearly always there when a connection is accepted, and is answered there and then:
-    a seventh of the cost of a thread. Nothing that can block is done on that path. A peer that
-    keeps us waiting rests among what `ready` watches, and is served in place again when it has
-    sent more: a third of what a kept-alive request costs in a thread.
+    `serve_forever` is the loop. It waits for a selector that watches the listener, the connections
+    and the end of each job. The servers differ in their method `reply`.
     """
 
     daemon_threads = True
     block_on_close = False
-    face = ""
-    seconds, ceiling = 0.0, 0
-    patience = 0.05  # seconds for which accepting may wait for a thread to end
-    accept_waits = sys.platform == "linux"  # which limits the wait: 2 µs less than with a poll
-    handler = socketserver.BaseRequestHandler
+    name = ""
+    seconds = 0.0  # for a request, with the wait for its first byte
+    ceiling = CONNECTIONS
 
-    def __init__(self, listening: socket.socket) -> None:
-        super().__init__(listening.getsockname(), self.handler, bind_and_activate=False)
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(listener.getsockname(), socketserver.BaseRequestHandler, False)
         self.socket.close()
-        self.socket = listening
-        self.address_family = int(listening.family)  # an enum would be slower in get_request
-        listening.setblocking(False)
-        if self.accept_waits:
-            limit_wait(listening, ACCEPT_SECONDS)
-        if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when the query is there, or after 1 s
-            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
-        self.ready = selectors.DefaultSelector()
-        self.ready.register(listening, selectors.EVENT_READ)
-        self.crowd = Crowd(self.ceiling, self.patience)
-        self.next_look = 0.0
-        self.accepting = True  # False from when a failure is logged until all is well again
+        self.socket = listener
+        listener.setblocking(False)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
+        if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when a query is there, or after 1 s
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+        self.connections: dict[Connection, None] = {}  # that had to wait; the longest idle first
+        self.readers: dict[Connection, float] = {}  # with an unsent reply; when it last moved on
+        self.ready: collections.deque[Connection] = collections.deque()
+        self.jobs: collections.deque[Connection] = collections.deque()  # that have no worker yet
+        self.workers = 0
+        self.handed_back: collections.deque[Connection] = collections.deque()
+        self.wakened, self.waker = socket.socketpair()
+        self.waker.setblocking(False)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.wakened, selectors.EVENT_READ)
+        self.selector.register(listener, selectors.EVENT_READ)
+        self.listening = True
+        self.accepting = True  # False from a failure to accept until the kernel's queue is empty
+        self.next_look = 0.0  # for connections whose deadline has passed
+        self.stopping = False
+
+    def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
+        """The reply to `received`, to which nothing is added any more if the client has `ended`.
+
+        None if the request is incomplete; a job if the reply takes long to compute. Never blocks.
+        """
+        raise NotImplementedError
+
+    def fault(self) -> Reply:
+        """The reply if `reply` or a job raises an exception."""
+        raise NotImplementedError
+
+    # socketserver calls fileno, get_request, process_request and service_actions in the loop.
 
     def fileno(self) -> int:
-        """What serve_forever waits for: one descriptor for the listener and all who rest."""
-        return self.ready.fileno()
-
-    def _handle_request_noblock(self) -> None:
-        """What serve_forever does when that is readable."""
-        for key, _ in self.ready.select(0):
-            if key.data:  # a peer; the listener has none
-                self.serve(key.data)
-            else:
-                self.accept_all()
-
-    def service_actions(self) -> None:
-        """Twice a second: end what takes too long; no recv or send needs a timeout of its own."""
-        now = time.monotonic()
-        if now > self.next_look:
-            self.next_look = now + LOOK_SECONDS
-            self.crowd.expire(now)
+        """The descriptor that is readable if a connection is ready: the selector's."""
+        return self.selector.fileno()
 
     def get_request(self) -> tuple[Any, Any]:
-        """The next connection as a Peer; raises BlockingIOError if there is none.
+        """The next connection that is ready, and its address; BlockingIOError if there is none."""
+        if not self.ready:
+            self.look(0)
+        while self.ready:
+            connection = self.ready.popleft()
+            if connection.state == WAITING or connection.result:
+                return connection, connection.address
+        raise BlockingIOError
 
-        This is what socket.accept does, less the classes that Python adds: 3 µs of 34.
-        """
-        descriptor, address = self.socket._accept()  # type: ignore[attr-defined]
-        sock = socket.SocketType(self.address_family, socket.SOCK_STREAM, 0, descriptor)
-        return Peer(sock, address, self.seconds), address
-
-    def accept_all(self) -> bool:
-        """Serve those who queue, for a while; tells whether nobody is left."""
-        if self.accept_waits and len(self.ready.get_map()) == 1:  # nobody rests
-            self.socket.setblocking(True)
-        until = time.monotonic() + TURN_SECONDS
-        while time.monotonic() < until:
-            try:
-                peer, _ = self.get_request()
-            except BlockingIOError:
-                self.accepting = True
-                return True
-            except ConnectionError:  # gone while it queued
-                continue
-            except Exception as problem:  # most likely we have no descriptor left for it
-                if self.accepting:
-                    log.error("%s: cannot accept: %s", self.face, problem)
-                self.accepting = False
-                self.crowd.lose_one()  # who has one, and keeps us waiting
-                time.sleep(PAUSE_SECONDS)
-                return False
-            self.serve(peer)
-        return False
-
-    def serve(self, peer: Peer) -> None:
-        """Answer in place, or let the peer rest, or hand it to a thread; whatever comes of it."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection as far as that is possible without waiting."""
+        connection: Connection = request
         try:
-            try:
-                if peer.crowd:
-                    self.crowd.came(peer)
-                self.finish_request(peer, peer.address)  # type: ignore[arg-type]  # it is no socket
-            except NotYet:
-                self.rest(peer)
-            except TakesLong:
-                self.hand_over(peer)
+            if connection.result:
+                self.end_job(connection, connection.result)
+            elif connection.unsent:
+                self.send(connection)
+            elif connection.drain:
+                self.drop(connection)
             else:
-                if peer.crowd and not peer.ended:  # who kept us waiting may send more: drain it
-                    self.hand_over(peer)
-                else:
-                    self.part(peer)
+                self.receive(connection)
         except Exception:
-            with contextlib.suppress(Exception):
-                self.handle_error(peer, peer.address)
-            self.part(peer)
+            self.handle_error(connection, client_address)
+            self.shutdown_request(connection)
 
-    def rest(self, peer: Peer) -> None:
-        """Wait, without a thread, for what `peer` has still to send."""
-        if not peer.crowd:
-            peer.join(self.crowd)
-            self.socket.setblocking(False)  # or accept would hold it up
-            self.ready.register(peer.sock, selectors.EVENT_READ, peer)
-        self.crowd.waits(peer)
-
-    def hand_over(self, peer: Peer) -> None:
-        """Go on with `peer` in a thread, where it stays."""
-        if peer.crowd:
-            self.ready.unregister(peer.sock)
-        else:
-            peer.join(self.crowd)
-        self.crowd.add_thread()
-        peer.take_thread()
-        self.process_request(peer, peer.address)  # type: ignore[arg-type]
-
-    def part(self, peer: Peer) -> None:
-        """Be done with `peer`."""
-        if peer.crowd:
-            with contextlib.suppress(KeyError):  # it did not rest
-                self.ready.unregister(peer.sock)
-            self.crowd.leave(peer)
-        peer.sock.close()
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Send what is left of an answer that was begun in place, then go on in this thread."""
-        try:
-            if request.unsent:
-                request.send([request.unsent], request.closing)
-            if not request.closing:
-                self.finish_request(request, client_address)
-        except Exception:
-            self.handle_error(request, client_address)
-        finally:
-            request.finish()
-            self.crowd.leave(request)
+    def service_actions(self) -> None:
+        """Serve the other connections that are ready, then close those whose deadline passed."""
+        with contextlib.suppress(BlockingIOError):
+            while self.ready:
+                self.process_request(*self.get_request())
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + LOOK_SECONDS
+        for connection in list(self.connections):
+            if connection.state == WAITING and connection.deadline < now:
+                self.shutdown_request(connection)
+        if not self.listening:
+            self.selector.register(self.socket, selectors.EVENT_READ)
+            self.listening = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A peer's fault ends its connection; any other is ours."""
+        """Log why a connection is closed: a failing connection is the client's fault, not ours."""
         problem = sys.exc_info()[1]
         if isinstance(problem, OSError):
-            log.debug("%s: %s: %s", self.face, client_address, problem)
+            log.debug("%s: %s: %s", self.name, request, problem)
         else:
-            log.exception("%s: %s", self.face, INTERNAL_ERROR)
+            log.exception("%s: %s", self.name, INTERNAL_ERROR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        connection: Connection = request
+        if connection.events:
+            self.selector.unregister(connection.sock)
+        self.connections.pop(connection, None)
+        self.readers.pop(connection, None)
+        connection.state = CLOSED
+        connection.sock.close()
+
+    # Waiting for connections.
+
+    def look(self, seconds: float) -> None:
+        """Wait for so long at the most until connections are ready, and queue them."""
+        for key, _ in self.selector.select(seconds):
+            if key.fileobj is self.socket:
+                self.accept()
+            elif key.fileobj is self.wakened:
+                self.wakened.recv(RECEIVE_BYTES)
+                while self.handed_back:
+                    self.ready.append(self.handed_back.popleft())
+            else:
+                self.ready.append(key.data)
+
+    def accept(self) -> None:
+        """Queue some of the connections that the kernel has accepted for us."""
+        try:
+            for _ in range(ACCEPT_BATCH):
+                sock, address = self.socket.accept()
+                sock.setblocking(False)
+                deadline = time.monotonic() + self.seconds
+                self.ready.append(Connection(sock, address, deadline))
+        except BlockingIOError:
+            self.accepting = True
+        except ConnectionError:  # the client has given up
+            pass
+        except OSError as problem:  # as a rule, no descriptor is left
+            if self.accepting:
+                log.error("%s: cannot accept: %s", self.name, problem.strerror)
+            self.accepting = False
+            if not self.evict(1):
+                self.selector.unregister(self.socket)  # until service_actions looks again
+                self.listening = False
+
+    def wait(self, connection: Connection, events: int = selectors.EVENT_READ) -> None:
+        """Let a connection wait until its client sends bytes, or takes them (EVENT_WRITE)."""
+        self.keep(connection)
+        if not connection.events:
+            self.selector.register(connection.sock, events, connection)
+        elif connection.events != events:
+            self.selector.modify(connection.sock, events, connection)
+        connection.events = events
+
+    def keep(self, connection: Connection) -> None:
+        """Count a connection as one that waits or works; evict others if there are too many."""
+        if connection in self.connections:
+            return
+        if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 100):
+            raise ConnectionAbortedError("too many connections")
+        connection.network = connection.network or network_of(str(connection))
+        self.connections[connection] = None
+
+    def evict(self, count: int) -> bool:
+        """Close up to `count` connections that wait; tells whether there were any.
+
+        A connection is spared if its next bytes have arrived, and one that is taking a reply if
+        there are others.
+        """
+        arrived = {key.data for key, _ in self.selector.select(0)}.union(self.ready)
+        waiting = [c for c in self.connections if c.state == WAITING and c not in arrived]
+        for connection in choose_evicted([c for c in waiting if not c.unsent] or waiting, count):
+            self.shutdown_request(connection)
+        return bool(waiting)
+
+    # Serving a connection.
+
+    def receive(self, connection: Connection) -> None:
+        """Take what the client has sent; send the reply, start a job for it, or wait for more."""
+        if not connection.pipelined:
+            try:
+                chunk = connection.sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                self.wait(connection)
+                return
+            connection.received += chunk
+            connection.ended = not chunk
+            if len(chunk) == RECEIVE_BYTES:  # there may be more, to be received before the
+                self.keep(connection)  # connection is closed: a reset could overtake the reply
+        connection.pipelined = False
+        try:
+            reply = self.reply(connection.received, connection.ended, connection)
+        except Exception:
+            log.exception("%s: %s", self.name, INTERNAL_ERROR)
+            reply = self.fault()
+        if isinstance(reply, Reply):
+            self.send(connection, reply)
+        elif reply:
+            self.begin_job(connection, reply)
+        elif connection.ended:
+            self.shutdown_request(connection)
+        else:
+            self.wait(connection)
+
+    def send(self, connection: Connection, reply: Reply | None = None) -> None:
+        """Send the first piece of a `reply`, else the next piece of the reply that was begun.
+
+        Then wait until the client takes the rest of it, wait for the next request, or close.
+        """
+        if reply:
+            connection.received = connection.received[reply.used :]
+            connection.pipelined = reply.used > 0 and connection.received != b""
+            connection.closing = reply.close or self.stopping
+            connection.unsent = [*reply.pieces]
+        piece = connection.unsent.pop(0)
+        try:
+            sent = connection.sock.send(piece)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(piece):
+            connection.unsent.insert(0, memoryview(piece)[sent:])
+        if connection.unsent:
+            self.wait_for_reader(connection)
+        elif not connection.closing:
+            self.wait_for_request(connection)
+        elif connection.ended or self.stopping:
+            self.shutdown_request(connection)
+        elif connection.received or connection in self.connections:
+            self.wait_for_end(connection)
+        else:  # all that the client has to say came with its first bytes
+            self.shutdown_request(connection)
+
+    def wait_for_reader(self, connection: Connection) -> None:
+        """Wait until the client takes more of a reply; but not for too many that take nothing."""
+        now = time.monotonic()
+        if self.readers.pop(connection, None) is None:
+            size = sum(map(len, connection.unsent))
+            connection.deadline = now + SEND_SECONDS + size / SLOWEST_READER
+        self.readers[connection] = now
+        slowest, since = next(iter(self.readers.items()))
+        if len(self.readers) > READERS and since < now - STALL_SECONDS:
+            self.shutdown_request(slowest)
+        self.wait(connection, selectors.EVENT_WRITE)
+
+    def wait_for_request(self, connection: Connection) -> None:
+        """Wait for the next request; if it has come, serve it after the turn of the others."""
+        self.readers.pop(connection, None)
+        self.connections.pop(connection, None)  # to become the one that is idle the shortest
+        connection.deadline = time.monotonic() + self.seconds
+        self.wait(connection)
+        if connection.pipelined:
+            self.hand_back(connection)
+
+    def wait_for_end(self, connection: Connection) -> None:
+        """After the last reply, receive what still comes: a reset could overtake the reply."""
+        self.readers.pop(connection, None)
+        connection.sock.shutdown(socket.SHUT_WR)
+        connection.drain = DRAIN_BYTES
+        connection.deadline = time.monotonic() + DRAIN_SECONDS
+        self.wait(connection)
+
+    def drop(self, connection: Connection) -> None:
+        """Drop what a client sends after its last reply, until it closes or has sent too much."""
+        chunk = connection.sock.recv(connection.drain)
+        connection.drain -= len(chunk)
+        if not (chunk and connection.drain):
+            self.shutdown_request(connection)
+
+    # Jobs.
+
+    def begin_job(self, connection: Connection, job: Job) -> None:
+        """Let a worker compute the reply to a connection, as soon as one is free."""
+        self.keep(connection)
+        if connection.events:
+            self.selector.unregister(connection.sock)
+        connection.state, connection.events, connection.job = WORKING, 0, job
+        self.jobs.append(connection)
+        self.start_workers()
+
+    def start_workers(self) -> None:
+        """Start a worker for each job that has none, up to WORKERS."""
+        while self.jobs and self.workers < WORKERS:
+            request: Any = self.jobs.popleft()
+            self.workers += 1
+            try:
+                super().process_request(request, request.address)
+            except RuntimeError:  # the system has no thread for us: everybody has to wait
+                self.process_request_thread(request, request.address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """In a worker: compute the reply, and hand the connection back to the loop."""
+        connection: Connection = request
+        try:
+            connection.result = connection.job and connection.job()
+        except Exception:
+            log.exception("%s: %s", self.name, INTERNAL_ERROR)
+            connection.result = self.fault()
+        self.hand_back(connection)
+
+    def hand_back(self, connection: Connection) -> None:
+        """Let the loop serve a connection that is ready; callable from any thread."""
+        self.handed_back.append(connection)
+        with contextlib.suppress(OSError):  # enough such bytes are there, or the server has ended
+            self.waker.send(b"\0")
+
+    def end_job(self, connection: Connection, reply: Reply) -> None:
+        """Send the reply that a worker has computed."""
+        connection.state, connection.job, connection.result = WAITING, None, None
+        self.workers -= 1
+        self.start_workers()
+        self.send(connection, reply)
+
+    # The end.
+
+    def is_crowded(self) -> bool:
+        """Whether so many connections wait that one should not wait for another request."""
+        return len(self.connections) > self.ceiling - self.ceiling // 8
 
     def stop(self, deadline: float) -> None:
-        """Answer those who queue, listen no more, and let answers in flight finish.
+        """Answer the queries that have arrived, close the listener, and finish the replies begun.
 
-        Takes until `deadline` (time.monotonic()) at the longest.
+        Returns at `deadline` (time.monotonic()) at the latest.
         """
-        self.shutdown()
-        self.accept_waits = False
-        self.socket.setblocking(False)
+        self.shutdown()  # from here on, this thread is the loop
         until = time.monotonic() + QUEUE_SECONDS
-        while not self.accept_all() and time.monotonic() < until:
-            pass
-        self._handle_request_noblock()
-        self.crowd.close()
-        for key in self.ready.get_map().values():  # the listener, and who rests
-            key.fileobj.close()  # type: ignore[union-attr]
-        self.ready.close()
-        self.crowd.wait_until_empty(deadline - time.monotonic())
+        self.look(0)
+        while self.ready and time.monotonic() < until:
+            self.service_actions()
+            self.look(0)
+        self.stopping = True
+        if self.listening:
+            self.selector.unregister(self.socket)
+        self.socket.close()
+        for connection in list(self.connections):
+            if connection.state == WAITING and not connection.unsent:
+                self.shutdown_request(connection)
+        while self.connections and time.monotonic() < deadline:
+            self.look(min(LOOK_SECONDS, deadline - time.monotonic()))
+            self.service_actions()
+        for connection in list(self.connections):
+            self.shutdown_request(connection)
+        for each in (self.selector, self.wakened, self.waker):
+            each.close()
 
 
 class FingerServer(Server):
     """Answers finger queries: one line in, the answer out (RFC 1288)."""
 
-    face, seconds, ceiling = "finger", FINGER_SECONDS, FINGER_CEILING
+    name, seconds = "finger", FINGER_SECONDS
 
-    def __init__(self, listening: socket.socket, store: StatusStore, policy: Policy) -> None:
-        super().__init__(listening)
+    def __init__(self, listener: socket.socket, store: StatusStore, policy: Policy) -> None:
+        super().__init__(listener)
         self.store, self.policy = store, policy
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer the query as soon as it has come whole."""
-        query = request.read(parse_finger)
-        if not query.user:  # the listing, which is long; or too long a query, which may go on
-            request.be_patient()
-        log.debug("finger: %s: %a", request, query.user)
-        request.send([self.answer(query, request).encode()], last=True)
+    def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
+        """The answer to a query; the list of all users is a job."""
+        query = parse_finger(received, ended)
+        if query is None:
+            return None
+        log.debug("finger: %s: %a", connection, query.user)
+        reached = plain_address(connection.sock.getsockname()) if query.host else ""
+        used = 0 if query.too_long else len(received)  # the rest of a long query is on its way
 
-    def answer(self, query: FingerQuery, peer: Peer) -> str:
-        """The answer, or that there was a fault inside."""
-        try:
-            reached = plain_address(peer.sock.getsockname()) if query.host else ""
-            return finger_answer(self.store.snapshot(), query, self.policy, reached)
-        except Exception:
-            log.exception("finger: %s", INTERNAL_ERROR)
-            return INTERNAL_ERROR + "\r\n"
+        def answer() -> Reply:
+            text = finger_answer(self.store.snapshot(), query, self.policy, reached)
+            return Reply([text.encode()], used, close=True)
+
+        return answer() if query.user or query.too_long else answer
+
+    def fault(self) -> Reply:
+        """A line that says so."""
+        return Reply([f"{INTERNAL_ERROR}\r\n".encode()], 0, close=True)
 
 
 class SetterServer(Server):
-    """Lets whoever can reach it set a user's message, after `refresh` of the users file.
+    """Sets a user's message for anyone who can connect, after `refresh` of the users file.
 
-    So an edit that was made before the message is seen before it, and not taken for a later one.
+    So the server sees an edit that was made before the message, and does not take it for a later
+    one.
     """
 
-    face, seconds, ceiling = "setter", SETTER_SECONDS, SETTER_CEILING
-    patience = 1.0  # all threads may wait for the disk, and nobody is answered in place here
+    name, seconds = "setter", SETTER_SECONDS
 
     def __init__(
-        self, listening: socket.socket, store: StatusStore, refresh: Callable[[], None]
+        self, listener: socket.socket, store: StatusStore, refresh: Callable[[], None]
     ) -> None:
-        super().__init__(listening)
+        super().__init__(listener)
         self.store, self.refresh = store, refresh
 
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """Answer OK once the message is kept, or ERROR and the reason."""
-        setting = request.read(parse_setting)
-        request.be_patient()  # for the disk
-        request.allow(math.inf)  # the time is ours until we answer
-        problem = setting.problem or self.keep(setting, str(request))
-        log.debug("setter: %s: %a: %s", request, setting.user, problem or "OK")
-        ok = "OK until fingerd restarts" if self.store.lost_at_restart else "OK"
-        request.send([f"{f'ERROR {problem}' if problem else ok}\r\n".encode()], last=True)
+    def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
+        """`ERROR` and the reason; or a job that keeps the message and answers `OK`."""
+        setting = parse_setting(received, ended)
+        if setting is None:
+            return None
 
-    def keep(self, setting: Setting, address: str) -> str:
-        """Set the message and return ""; or the reason why that could not be done."""
+        def answer(problem: str) -> Reply:
+            log.debug("setter: %s: %a: %s", connection, setting.user, problem or "OK")
+            ok = "OK until fingerd restarts" if self.store.lost_at_restart else "OK"
+            line = f"ERROR {problem}\r\n" if problem else f"{ok}\r\n"
+            return Reply([line.encode()], len(received), close=True)
+
+        if setting.problem:
+            return answer(setting.problem)
+        return lambda: answer(self.keep_message(setting, str(connection)))
+
+    def keep_message(self, setting: Setting, address: str) -> str:
+        """Set the message; returns why it cannot be kept, or ""."""
         try:
             self.refresh()
             self.store.set(setting.user, setting.text, address)
         except NotKept as problem:
             return str(problem)
-        except Exception:
-            log.exception("setter: %s", INTERNAL_ERROR)
-            return INTERNAL_ERROR
         return ""
+
+    def fault(self) -> Reply:
+        """A line that says so."""
+        return Reply([f"ERROR {INTERNAL_ERROR}\r\n".encode()], 0, close=True)
 
 
 class WebHandler(http.server.BaseHTTPRequestHandler):
-    """Requests one after the other, for as long as the client wants to stay.
+    """Answers one web request; as the library documents, do_GET answers a GET, and so on.
 
-    `Peer` reads and writes in the place of the library's files, and `parse_http_head` judges in
-    the place of its parser, which lets requests through that another server would read otherwise.
+    Two things of the library are replaced. Its request parser accepts requests that a proxy in
+    front may read otherwise: here `parse_http_head` has read the request. Its files would block:
+    here the server's loop receives and sends, so a do_ method returns its page, or a function that
+    makes the page if that takes long.
     """
 
     server: WebServer
 
     def setup(self) -> None:
-        """Nothing, where the library makes files of the connection."""
-
-    finish = setup
+        """Take the parsed request, which the server passes in the place of a socket."""
+        head: HttpHead
+        head, self.body = self.request
+        self.head, self.command, self.path = head, head.method, head.path
 
     def handle(self) -> None:
-        """Answer request after request, but in place only one at a time."""
-        peer: Peer = self.request
-        while self.exchange(peer):
-            if peer.data:
-                peer.be_patient()  # there are more requests, which are more work
-            elif peer.in_place:
-                raise NotYet
+        """Find the answer."""
+        method = getattr(self, f"do_{self.command}", self.unknown)
+        self.answer: Page | Callable[[], Page] = method()
 
-    def exchange(self, peer: Peer) -> bool:
-        """Read a request and answer it; tells whether there may be another one."""
-        head = peer.read(parse_http_head)
-        if head is None:
-            return False
-        if head.problem or head.length or head.path == "/" or head.method not in ("GET", "HEAD"):
-            peer.be_patient()  # for what is still to come, or for an answer that is long
-        body = self.read_body(peer, head)
-        peer.data = peer.data[head.size + head.length :]
-        peer.allow(math.inf)  # the time is ours until we answer
-        response = web_response(head, self.answer(head, body), time.time())
-        status = response[0][9:12].decode()
-        log.debug("web: %s: %s %a: %s", peer, head.method, head.path[:MAX_NAME], status)
-        peer.send(response, last=not head.keep)
-        peer.allow(WEB_SECONDS)
-        return head.keep
+    def finish(self) -> None:
+        """Nothing: the library would close its files."""
 
-    def read_body(self, peer: Peer, head: HttpHead) -> bytes:
-        """The request's body; a client that waits for a 100 (Continue) is sent one first.
+    def do_GET(self) -> Page | Callable[[], Page]:
+        """The page at the path."""
+        answers = self.server.answers
+        return self.list_page if answers.is_long(self.head) else answers.page(self.head)
 
-        Raises ConnectionAbortedError if the body breaks off.
-        """
-        size = head.size + head.length
-        if len(peer.data) < size and "expect" in head.headers and head.http_1_1:
-            peer.send([b"HTTP/1.1 100 Continue\r\n\r\n"], last=False)
-            peer.allow(WEB_SECONDS)
-        while len(peer.data) < size:
-            peer.receive()
-            if peer.ended:
-                raise ConnectionAbortedError("the body broke off")
-        return peer.data[head.size : size]
+    do_HEAD = do_GET  # web_response leaves out the body
 
-    def answer(self, head: HttpHead, body: bytes) -> Page:
-        """The page that answers a request, good or bad."""
-        method = getattr(self, f"do_{head.method}", None)
-        if head.problem or not method:
-            return error_page(head.problem or 501)
-        try:
-            page: Page = method(head, body)
-        except Exception:
-            log.exception("web: %s", INTERNAL_ERROR)
-            return error_page(500)
-        return page
+    def list_page(self) -> Page:
+        """The list of all users. One thread makes it, for all that wait for it."""
+        with self.server.listing:
+            return self.server.answers.page(self.head)
 
-    def do_GET(self, head: HttpHead, _body: bytes) -> Page:
-        """The page that was asked for; the list of everybody is made by one thread at a time."""
-        if head.path != "/":
-            return self.server.answers.page(head)
-        with self.server.making:
-            return self.server.answers.page(head)
-
-    do_HEAD = do_GET  # web_response knows the difference
-
-    def do_POST(self, head: HttpHead, body: bytes) -> Page:
+    def do_POST(self) -> Page | Callable[[], Page]:
         """The answer to an XML-RPC call; some clients post it to /."""
-        if head.path not in ("/", "/RPC2"):
-            return self.refuse(head, body)
-        if "content-encoding" in head.headers:
+        if self.path not in ("/", "/RPC2"):
+            return self.refuse()
+        if "content-encoding" in self.head.headers:
             return error_page(415)
+        if len(self.body) > MAX_SHORT_CALL:
+            return lambda: self.rpc_page(parse_rpc_call(self.body))
+        call = parse_rpc_call(self.body)
+        is_long = self.server.rpc.is_long(call)
+        return (lambda: self.rpc_page(call)) if is_long else self.rpc_page(call)
+
+    def rpc_page(self, call: RpcCall) -> Page:
+        """The result of an XML-RPC call, or its fault, which says nothing about ours."""
         try:
-            return self.server.rpc_page(body)
+            return self.server.rpc.page(call)
         except Exception:
             log.exception("web: %s", INTERNAL_ERROR)
             fault = xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR)
             return make_page(200, "text/xml", [xmlrpc.client.dumps(fault)])
 
-    def refuse(self, head: HttpHead, _body: bytes) -> Page:
-        """The page that says which methods can be used here instead."""
+    def refuse(self) -> Page:
+        """The page that names the methods that can be used instead."""
         page = error_page(405)
-        page.headers["Allow"] = "GET, HEAD" + (", POST" if head.path in ("/", "/RPC2") else "")
+        page.headers["Allow"] = "GET, HEAD" + (", POST" if self.path in ("/", "/RPC2") else "")
         return page
 
     do_OPTIONS = do_PUT = do_DELETE = do_PATCH = do_TRACE = do_CONNECT = refuse
 
+    def unknown(self) -> Page:
+        """The page for a method that HTTP does not have."""
+        return error_page(501)
+
 
 class WebServer(Server):
-    """Serves the pages, and XML-RPC on /RPC2."""
+    """Serves the pages, and XML-RPC at /RPC2."""
 
-    face, seconds, ceiling = "web", WEB_SECONDS, WEB_CEILING
-    handler = WebHandler
+    name, seconds = "web", WEB_SECONDS
 
-    def __init__(self, listening: socket.socket, store: StatusStore, policy: Policy) -> None:
-        super().__init__(listening)
-        self.store = store
+    def __init__(self, listener: socket.socket, store: StatusStore, policy: Policy) -> None:
+        super().__init__(listener)
         self.answers, self.rpc = WebAnswers(store, policy), RpcAnswers(store, policy)
-        self.making = threading.Lock()  # held while the list of everybody is made
+        self.listing = threading.Lock()  # held while a list of all users is made
 
-    def rpc_page(self, body: bytes) -> Page:
-        """The answer to an XML-RPC request."""
-        return self.rpc.page(parse_rpc_call(body))
+    def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
+        """The response to the first request in `received`."""
+        head = parse_http_head(received, ended)
+        if head is None:
+            return None
+        body = parse_http_body(head, received)
+        if body is None:
+            waits = "expect" in head.headers and head.http_1_1 and len(received) == head.size
+            return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False) if waits else None
+        problem = head.problem or body.problem
+        head = head._replace(keep=head.keep and not problem and not self.is_crowded())
+
+        def respond(page: Page) -> Reply:
+            pieces = web_response(head, page, time.time())
+            path = head.path[:MAX_NAME]
+            log.debug("web: %s: %s %a: %d", connection, head.method, path, page.status)
+            return Reply(pieces, head.size + body.size, not head.keep)
+
+        if problem:
+            return respond(error_page(problem))
+        request: Any = head, body.data
+        answer = WebHandler(request, connection.address, self).answer
+        return respond(answer) if isinstance(answer, Page) else lambda: respond(answer())
+
+    def fault(self) -> Reply:
+        """A page that says so."""
+        pieces = web_response(HttpHead(500), error_page(500), time.time())
+        return Reply(pieces, 0, close=True)
 
 
 # ---- the users file ----------------------------------------------------------------------------
@@ -3423,7 +3446,7 @@ def start(services: Services) -> None:
     """Let everything run, and say so."""
     sys.setswitchinterval(COMPUTING_SECONDS)
     for server in services.servers:
-        threading.Thread(target=server.serve_forever, name=server.face, daemon=True).start()
+        threading.Thread(target=server.serve_forever, name=server.name, daemon=True).start()
     services.reloader.start()
     if services.bot:
         services.bot.start()
@@ -3471,11 +3494,22 @@ def end_after_the_script(services: Services, trim: Callable[[int], object]) -> N
     wait_for_the_end(services)
 
 
-def raise_descriptor_limit() -> None:
-    """Take as many descriptors as we may have."""
+def raise_descriptor_limit() -> int:
+    """Take as many descriptors as the process may have, and return how many those are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
+def limit_connections(servers: list[Server], descriptors: int) -> None:
+    """Let the servers share the descriptors that the process may have."""
+    share = max(1, (descriptors - SPARE_DESCRIPTORS) // max(1, len(servers)))
+    if share < CONNECTIONS:
+        log.info("%d descriptors: %d connections for each server", descriptors, share)
+    for server in servers:
+        server.ceiling = min(CONNECTIONS, share)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -3489,7 +3523,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             return check(find_source(options, None))
         configure_logging(options.verbose)
-        raise_descriptor_limit()
+        descriptors = raise_descriptor_limit()
         trim = find_trim()
         services = build_services(options)
     except (StartError, UsersError, NotKept) as problem:
@@ -3497,6 +3531,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which threads inherit
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM's is
+    limit_connections(services.servers, descriptors)
     start(services)
     if trim:
         threading.Thread(target=end_after_the_script, args=(services, trim), name="end").start()
