@@ -1,31 +1,33 @@
 #!/usr/bin/env python3
-"""fingerd: everybody's status line, by finger, web, XML-RPC and IRC, from one users file.
+"""fingerd: a status line for each user, by finger, web, XML-RPC and IRC, from one users file.
 
     finger ──┐                               ┌── users file (Reloader: every 30 s and on SIGHUP)
     web ─────┼──► answers ──► StatusStore ◄──┤
     XML-RPC ─┤                     │         └── setter
-    IRC ─────┘                     └──► StateFile (SQLite: what was set outlives the process)
+    IRC ─────┘                     └──► StateFile (SQLite: messages outlive the process)
 
-Run `python3 fingerd.py /etc/users`; `--help` tells the rest. Nothing but the standard library is
-needed, and this file is the whole installation.
+Run `python3 fingerd.py /etc/users`; `--help` lists the options. This file and the standard library
+are the whole installation.
 
-Some words mean one thing throughout: a `message` is what was set for a user, a `status` what is
-shown for one, be it a message or a line of the users file. A `peer` is one connection to a server.
-The `faces` are the servers: finger, setter and web.
+The vocabulary: a `server` is the finger, the setter or the web server; a `client` has a
+`connection` to one. A `message` is a text that was set for a user; a `status` is the text that is
+shown for a user: the message, or else the text in the users file.
 
-The file is read from its top. It has six parts, the rooms: `text` and `codecs` turn bytes into
-values and back, and know of nothing else. The `store` is where all others meet: whoever spoke
-last about a user, the users file or the user, is heard. The `answers` make a reply from the store
-and a parsed query, still without a socket or a clock. The `services` own every socket, thread and
-clock; they know nothing of each other. The `composition` alone sees the command line. A name is
-used only below its definition.
+The program has six layers, in this order. `text` and `codecs` convert bytes to values and back;
+they depend on nothing else. The `store` holds the statuses; the most recent change to a user wins,
+whether it was made in the users file or through the setter. The `answers` make a reply from the
+store and a parsed query, without sockets and clocks. The `services` own all sockets, threads and
+clocks; they are independent of each other. The `composition` reads the command line and starts the
+services. A layer uses only the layers above it, and a name is used only below its definition.
 """
 
 from __future__ import annotations
 
-import gc
+import sys
 
-gc.disable()  # the imports leave no garbage to look for: 4 ms less of 85 to the first answer
+if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+    del sys.path[0]  # the script's directory: a module that somebody else put there must not run
+
 import argparse
 import base64
 import collections
@@ -39,6 +41,7 @@ import hashlib
 import heapq
 import html
 import http
+import http.server
 import importlib
 import itertools
 import json
@@ -47,6 +50,7 @@ import math
 import os
 import pathlib
 import pwd
+import queue
 import re
 import resource
 import selectors
@@ -54,50 +58,15 @@ import shlex
 import signal
 import socket
 import socketserver
+import ssl
 import stat
-import sys
 import threading
 import time
-import types
 import urllib.parse
 import xml.parsers.expat
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
-
-if TYPE_CHECKING:
-    import ssl
-
-
-class _StandIn(types.ModuleType):
-    """Takes the place of a module that one of ours imports without need, as far as we use it."""
-
-    def __getattr__(self, _name: str) -> type:
-        return object  # it is only derived from
-
-
-def _import_servers() -> None:
-    """Import http.server and xmlrpc without what they import for clients, files and help pages.
-
-    That is 20 ms less of 100 until the first answer, and 8 MiB less of 28. Should that fail in
-    some later Python, the plain imports below bring all of it.
-    """
-    unused = ("email.utils", "gzip", "http.client", "shutil")
-    stand_ins = {name: _StandIn(name) for name in unused if name not in sys.modules}
-    sys.modules.update(stand_ins)
-    vars(http).setdefault("client", stand_ins.get("http.client"))
-    with contextlib.suppress(Exception):
-        importlib.import_module("http.server")
-        importlib.import_module("xmlrpc.server")
-    for name in stand_ins:
-        del sys.modules[name]
-
-
-_import_servers()
-import http.server
 import xmlrpc.client
 import xmlrpc.server
-
-gc.freeze()  # what they made stays, and need not be looked at again
-gc.enable()
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 __version__ = "1.0"
 
@@ -157,7 +126,9 @@ QUEUE_SECONDS = 1.0  # of it for the connections that the kernel has queued by t
 # The process.
 COMPUTING_SECONDS = 1e-4  # that a thread computes before another one's turn; at Python's 5 ms,
 # 69 answers a second were left beside one that computes, of 7,700, and at 0.1 ms 2,100
-FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # equal complaints that are logged in so many seconds
+FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # log lines of one kind in this many seconds
+LOG_LINES = 1_000  # log lines that wait for stderr; more are dropped
+LOG_SECONDS = 0.5  # the wait for stderr to take these lines when the service stops
 
 # IRC.
 IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # a line, and the tags before it (IRCv3)
@@ -2823,9 +2794,6 @@ class Reloader(threading.Timer):
 
 def irc_tls(fingerprint: str) -> ssl.SSLContext:
     """A context that trusts the system's authorities, or, if there is a fingerprint, anybody."""
-    import hashlib  # noqa: F401  # for the dialer, while we still have the privileges to read it
-    import ssl  # here, because it is slow to import and most servers run without the bot
-
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if fingerprint:
@@ -2878,8 +2846,6 @@ class IrcDialer(threading.Thread):
 
     def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
         """TLS over `plain`; raises IrcFailure if that or the certificate is refused."""
-        import hashlib
-
         plain.settimeout(IRC_TLS_SECONDS)
         try:
             with plain:  # wrap_socket detaches it, or it is of no more use
@@ -2979,38 +2945,82 @@ class IrcBot(threading.Thread):
             sock.sendall(format_irc_line("QUIT", "stopped"))
 
 
-# ---- the machine -------------------------------------------------------------------------------
+# ---- the process -------------------------------------------------------------------------------
 
 
 class FloodFilter(logging.Filter):
-    """Keeps strangers from filling the disk: only so many lines of a kind are written."""
+    """Limits the log lines that clients can cause: FLOOD_LINES of a kind in FLOOD_SECONDS."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: dict[str, int] = {}  # of lines with the same words, but for figures and names
+        self._counts: dict[str, int] = {}  # by the line's format, without its arguments
         self._ends = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether to write the line; the last one that is written says so."""
+        """Whether to write the line; the last one that is written says that more are omitted."""
         if record.levelno < logging.INFO:
             return True
-        if record.created >= self._ends:
-            self._counts, self._ends = {}, record.created + FLOOD_SECONDS
+        if time.monotonic() >= self._ends:
+            self._counts, self._ends = {}, time.monotonic() + FLOOD_SECONDS
         count = self._counts[record.msg] = self._counts.get(record.msg, 0) + 1
         if count == FLOOD_LINES:
             record.msg += " (more like this are not logged for a while)"
         return count <= FLOOD_LINES
 
 
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
+
+
+class LogWriter(logging.Handler):
+    """Writes log lines to a descriptor in a thread of its own, so that no other thread waits.
+
+    LOG_LINES lines may wait to be written; more are dropped, and the next line says how many.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor, self._dropped = descriptor, 0
+        self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the line; `handle` of the library holds a lock meanwhile."""
+        try:
+            if self._dropped:
+                gap = f"{self._dropped} log lines were dropped: nobody reads stderr"
+                gap_record = log.makeRecord(log.name, logging.WARNING, "", 0, gap, (), None)
+                self._lines.put_nowait(self.format(gap_record))
+                self._dropped = 0
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._dropped += 1
+
+    def _write(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for line in iter(self._lines.get, None):
+            data = (line + "\n").encode("utf-8", "backslashreplace")
+            with contextlib.suppress(OSError):
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+
+    def close(self) -> None:
+        """Wait for the queued lines to be written, LOG_SECONDS or a little more at most."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=LOG_SECONDS)
+        self._thread.join(LOG_SECONDS)
+        super().close()
+
+
 class StartError(Exception):
-    """The service cannot start; the text says why, in one line."""
+    """The service cannot start; the text is the reason, in one line."""
 
 
-FACES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # and their default addresses
+DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
 
 
 class Address(NamedTuple):
-    """Where to listen; no host means every address of this machine."""
+    """An address to listen on; without a host, all addresses of this machine."""
 
     host: str
     port: int
@@ -3019,25 +3029,24 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def listen(face: str, address: Address) -> socket.socket:
-    """A listening socket; without a host it is for IPv4 and IPv6 if the machine has both."""
+def listen(name: str, address: Address) -> socket.socket:
+    """A listening socket for the server `name`, without a host for both IPv4 and IPv6."""
     host, port = address
     try:
         if not host and socket.has_dualstack_ipv6():
             return socket.create_server(
                 ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
             )
-        name = (host or "0.0.0.0").encode("ascii")  # for a str the IDNA codec is loaded: 2 ms
-        family = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as problem:
         number = getattr(problem, "errno", None) or 0
         words = os.strerror(number) if number > 0 else problem
-        raise StartError(f"cannot listen on {address}: {words} (see --{face})") from None
+        raise StartError(f"cannot listen on {address}: {words} (see --{name})") from None
 
 
 def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
-    """The listeners that systemd has opened for us, by face: see sd_listen_fds(3)."""
+    """The listeners that systemd passes, by the server's name: see sd_listen_fds(3)."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
     names = environ.get("LISTEN_FDNAMES", "").split(":")
@@ -3045,8 +3054,9 @@ def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
     count = environ.get("LISTEN_FDS", "0")
     for number in range(int(count) if count.isdigit() else 0):
         name = names[number] if number < len(names) else ""
-        if name not in FACES or name in listeners:
-            raise StartError(f"LISTEN_FDNAMES: one each of {', '.join(FACES)}, not {name!a}")
+        if name not in DEFAULT_ADDRESSES or name in listeners:
+            wanted = ", ".join(DEFAULT_ADDRESSES)
+            raise StartError(f"LISTEN_FDNAMES: one each of {wanted}, not {name!a}")
         try:
             listeners[name] = socket.socket(fileno=3 + number)
         except OSError as problem:
@@ -3056,7 +3066,7 @@ def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
 
 
 def notify(message: str) -> None:
-    """Tell the service manager, if there is one: see sd_notify(3)."""
+    """Send `message` to the service manager, if there is one: see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -3064,7 +3074,7 @@ def notify(message: str) -> None:
 
 
 def find_identity(run_as: str) -> tuple[int, int]:
-    """The uid and the gid that USER[:GROUP] means, each a name or a number."""
+    """The uid and the gid of USER[:GROUP], each a name or a number."""
     user, _, group = run_as.partition(":")
     try:
         uid = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
@@ -3076,8 +3086,8 @@ def find_identity(run_as: str) -> tuple[int, int]:
 
 
 def drop_privileges(uid: int, gid: int) -> None:
-    """Become that user and group for good; groups first: afterwards they cannot be changed."""
-    with contextlib.suppress(OSError, OverflowError):  # whether it worked is seen below
+    """Change to this user and group for good; groups first, since only root can change them."""
+    with contextlib.suppress(OSError, OverflowError):  # the result is checked below
         os.setgroups([])
         os.setgid(gid)
         os.setuid(uid)
@@ -3087,25 +3097,11 @@ def drop_privileges(uid: int, gid: int) -> None:
 
 
 def import_what_is_lazy() -> None:
-    """Import what the library would import later: without privileges it may be out of reach."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("sqlite3")
+    """Import modules that are used late: without privileges they may be out of reach."""
     encodings = ("latin_1", "cp1252", "iso8859_15", "koi8_r")  # for XML that declares one
-    for name in ("linecache", "tokenize", *(f"encodings.{name}" for name in encodings)):
-        importlib.import_module(name)
-
-
-def find_trim() -> Callable[[int], object] | None:
-    """malloc_trim(3) for end_after_the_script, or None where one of the two is not possible."""
-    if sys.version_info >= (3, 12):  # it starts no thread once the script has ended
-        return None
-    try:
-        import ctypes  # before privileges are dropped
-
-        trim: Callable[[int], object] = ctypes.CDLL(None).malloc_trim
-        return trim
-    except (ImportError, OSError, AttributeError):
-        return None
+    for name in ("sqlite3", *(f"encodings.{name}" for name in encodings)):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def is_url(users: str) -> bool:
@@ -3168,7 +3164,7 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
 
 
 def parse_address(text: str) -> Address | None:
-    """The address in PORT, HOST:PORT or [v6]:PORT; None for `off`."""
+    """The address of PORT, HOST:PORT or [v6]:PORT; None for `off`."""
     if text == "off":
         return None
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]:|([^:\[\]]+):)?([0-9]{1,5})", text, re.ASCII)
@@ -3178,13 +3174,13 @@ def parse_address(text: str) -> Address | None:
 
 
 def parse_setter(text: str) -> Address | None:
-    """As parse_address, but without a host for this machine alone."""
+    """Like parse_address, but the default host is 127.0.0.1."""
     address = parse_address(text)
     return address._replace(host=address.host or "127.0.0.1") if address else None
 
 
 def seconds(text: str) -> float:
-    """A number above 0; argparse says of any other that it is an invalid `seconds` value."""
+    """A number above 0; of other text argparse says `invalid seconds value`."""
     number = float(text)
     if not 0 < number <= threading.TIMEOUT_MAX:
         raise ValueError
@@ -3192,8 +3188,8 @@ def seconds(text: str) -> float:
 
 
 def parse_public_url(text: str) -> str:
-    """An http(s) address that ends in a slash."""
-    if not re.fullmatch(r"https?://[!-~]+", text) or "?" in text or "#" in text:
+    """An http(s) address, with a slash at its end."""
+    if not re.fullmatch(r"https?://[!->@-~]+", text) or "#" in text:
         raise argparse.ArgumentTypeError(f"{text!a} is not an http(s) address")
     return text.rstrip("/") + "/"
 
@@ -3277,68 +3273,70 @@ def irc_options(options: argparse.Namespace) -> IrcOptions | None:
 
 
 EPILOG = """\
-ADDRESS is PORT, HOST:PORT, [v6]:PORT or off; port 0 takes a free one. Without
-a host it is every address of this machine, IPv4 and IPv6, but for the setter
-127.0.0.1.
+ADDRESS is PORT, HOST:PORT, [IPV6]:PORT or off; port 0 is any free port.
+Without a host, the finger and web servers listen on all addresses of this
+machine, IPv4 and IPv6, the setter on 127.0.0.1.
 
 examples:
-  fingerd.py /etc/users           on the ports that clients expect, as root
-  fingerd.py --check /etc/users   what is wrong with the file
+  fingerd.py /etc/users           on the default ports, as root
+  fingerd.py --check /etc/users   list the problems of the users file
   fingerd.py --finger 7979 --setter off --web off users
-                                  finger alone, as anybody
+                                  only finger, without root
 
-SIGHUP reads the users file at once, SIGTERM and SIGINT stop the service.
-exit status: 0 stopped, or nothing wrong (--check); 1 cannot start, or
-something wrong; 2 wrong options
+SIGHUP reloads the users file at once; SIGTERM and SIGINT stop the service.
+exit status: 0 stopped, or no problems (--check); 1 cannot start, or problems
+(--check); 2 wrong options
 """
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line as argparse sees it; exits with status 2 where it is wrong."""
+    """The options; exits with status 2 if they are wrong."""
     parser = argparse.ArgumentParser(
         prog="fingerd.py",
-        description="Everybody's status line, by finger, web, XML-RPC and IRC, from one file.",
+        description="A status line for each user, by finger, web, XML-RPC and IRC, from one file.",
         epilog=EPILOG,
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter,
-            width=79,  # asked, a terminal would cost 2 ms
-        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("users", metavar="USERS", help="the users file: a line `user: status` for each")
-    add("--check", action="store_true", help="only say what is wrong with the file")
+    add("users", metavar="USERS", help="the users file, one `user: status` a line, or its URL")
+    add("--check", action="store_true", help="list the problems of the users file, and exit")
     add("--version", action="version", version=f"fingerd {__version__}")
-    add("-v", "--verbose", action="store_true", help="log a line for each query")
+    add("-v", "--verbose", action="store_true", help="log every query")
     add = parser.add_argument_group("where to listen").add_argument
-    for face, default in FACES.items():
-        kind = parse_setter if face == "setter" else parse_address
-        text = f"the {face} server (default: {default})"
-        add(f"--{face}", metavar="ADDRESS", type=kind, default=default, help=text)
+    for name, default in DEFAULT_ADDRESSES.items():
+        kind = parse_setter if name == "setter" else parse_address
+        text = f"address of the {name} server (default: {default})"
+        add(f"--{name}", metavar="ADDRESS", type=kind, default=default, help=text)
     add = parser.add_argument_group("what to answer").add_argument
-    add("--private", action="store_true", help="tell nobody who has a status")
-    add("--hostname", metavar="NAME", action="append", default=[],
-        help="a name of this machine, as in `finger user@NAME`; repeatable")  # fmt: skip
-    add("--public-url", metavar="URL", type=parse_public_url,
-        help="where the web server is reached from outside, for absolute links")  # fmt: skip
+    add("--private", action="store_true", help="refuse listings; answer only for named users")
+    text = "a name of this machine, as in `finger user@NAME`; repeatable"
+    add("--hostname", metavar="NAME", action="append", default=[], help=text)
+    text = "URL of the web server as clients see it, for absolute links"
+    add("--public-url", metavar="URL", type=parse_public_url, help=text)
     add = parser.add_argument_group("how to run").add_argument
-    add("--interval", metavar="S", type=seconds, default=30.0,
-        help="seconds between looks at the users file (default: 30)")  # fmt: skip
-    add("--state", metavar="FILE",
-        help="where to keep the messages, or off (default: in the state directory)")  # fmt: skip
-    add("--run-as", metavar="USER[:GROUP]",
-        help="whom to become when started as root (default: 1:1)")  # fmt: skip
+    text = "seconds between checks of the users file (default: 30)"
+    add("--interval", metavar="S", type=seconds, default=30.0, help=text)
+    text = "the file for messages, or off (default: a file in the state directory)"
+    add("--state", metavar="FILE", help=text)
+    text = "drop root privileges to this user (default: 1:1)"
+    add("--run-as", metavar="USER[:GROUP]", help=text)
     add_irc_options(parser)
     return parser.parse_args(arguments)
 
 
-def configure_logging(verbose: bool) -> None:
-    """Log to stderr."""
-    logging.raiseExceptions = False  # a stderr that cannot be written to is no trouble of ours
-    handler = logging.StreamHandler()
+@contextlib.contextmanager
+def logging_to_stderr(verbose: bool) -> Iterator[None]:
+    """Log to stderr while the block runs; nowhere if stderr is closed."""
+    handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(FloodFilter())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> FileSource | UrlSource:
@@ -3349,7 +3347,7 @@ def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> File
 
 
 def check(source: FileSource | UrlSource) -> int:
-    """Print what is wrong with the users file, and return the exit status."""
+    """Print the problems of the users file, and return the exit status."""
     users = source.read({})
     problems = users.problems if users else []
     for problem in problems:
@@ -3358,17 +3356,17 @@ def check(source: FileSource | UrlSource) -> int:
 
 
 def bind(options: argparse.Namespace) -> dict[str, socket.socket]:
-    """The listener of each face that is not off."""
+    """The listener of each server that is not off, by the server's name."""
     listeners = inherited_listeners(os.environ)
-    for face in FACES:
-        address = getattr(options, face)
-        if face not in listeners and address:
-            listeners[face] = listen(face, address)
-    for face, listener in listeners.items():
-        name = listener.getsockname()
-        log.info("%s listening on %s", face, Address(*name[:2]))
-        if face == "setter" and not re.match(r"127\.|::1$", plain_address(name)):
-            log.warning("whoever can reach %s may set anybody's message", Address(*name[:2]))
+    for name in DEFAULT_ADDRESSES:
+        address = getattr(options, name)
+        if name not in listeners and address:
+            listeners[name] = listen(name, address)
+    for name, listener in listeners.items():
+        address = Address(*listener.getsockname()[:2])
+        log.info("%s listening on %s", name, address)
+        if name == "setter" and not re.match(r"127\.|::1$", plain_address(address)):
+            log.warning("anybody who can reach %s can set anybody's message", address)
     return listeners
 
 
@@ -3384,7 +3382,7 @@ def state_path(options: argparse.Namespace, root: bool) -> pathlib.Path | None:
 
 
 def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.socket]) -> Policy:
-    """What the options say about answers."""
+    """The part of the options that decides answers."""
     own = socket.gethostname()
     names = ["localhost", own, own.partition(".")[0], *options.hostname]
     return Policy(
@@ -3397,7 +3395,7 @@ def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.sock
 
 
 class Services(NamedTuple):
-    """All that runs."""
+    """Everything that runs."""
 
     store: StatusStore
     reloader: Reloader
@@ -3443,7 +3441,7 @@ def build_services(options: argparse.Namespace) -> Services:
 
 
 def start(services: Services) -> None:
-    """Let everything run, and say so."""
+    """Start the threads of all services."""
     sys.setswitchinterval(COMPUTING_SECONDS)
     for server in services.servers:
         threading.Thread(target=server.serve_forever, name=server.name, daemon=True).start()
@@ -3455,7 +3453,7 @@ def start(services: Services) -> None:
 
 
 def stop(services: Services) -> None:
-    """End everything else at the same time, and then the store."""
+    """Stop all services at the same time, and then close the store."""
     notify("STOPPING=1")
     services.reloader.cancel()
     deadline = time.monotonic() + STOP_SECONDS
@@ -3472,30 +3470,16 @@ def stop(services: Services) -> None:
     log.info("stopped")
 
 
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
-
-
 def wait_for_the_end(services: Services) -> None:
-    """Stop when a signal says so; a second one ends the process at once."""
+    """Stop on SIGTERM or SIGINT, reload on SIGHUP; a second signal ends the process at once."""
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         threading.Thread(target=services.reloader.reload, name="SIGHUP", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
     stop(services)
 
 
-def end_after_the_script(services: Services, trim: Callable[[int], object]) -> None:
-    """Give the memory of this file's syntax tree back, 6 MiB of 26; then wait for the end.
-
-    Python keeps the tree until the script is at its end, and with it the main thread. This runs
-    in another thread, which the interpreter then waits for.
-    """
-    threading.main_thread().join()
-    trim(0)
-    wait_for_the_end(services)
-
-
 def raise_descriptor_limit() -> int:
-    """Take as many descriptors as the process may have, and return how many those are."""
+    """Raise the limit of open descriptors to the hard limit, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -3512,31 +3496,29 @@ def limit_connections(servers: list[Server], descriptors: int) -> None:
         server.ceiling = min(CONNECTIONS, share)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says, and return the exit status.
+def run(options: argparse.Namespace) -> None:
+    """Run the service until a signal ends it."""
+    descriptors = raise_descriptor_limit()
+    services = build_services(options)
+    limit_connections(services.servers, descriptors)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads that are started later inherit it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process, like SIGTERM
+    start(services)
+    wait_for_the_end(services)
 
-    With `trim`, it returns while the service runs: see end_after_the_script.
-    """
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line asks for, and return the exit status."""
     options = parse_args(arguments)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it would end us; it can wait
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # kept until the service is ready
     try:
         if options.check:
             return check(find_source(options, None))
-        configure_logging(options.verbose)
-        descriptors = raise_descriptor_limit()
-        trim = find_trim()
-        services = build_services(options)
+        with logging_to_stderr(options.verbose):
+            run(options)
     except (StartError, UsersError, NotKept) as problem:
         print(f"fingerd: {problem}", file=sys.stderr)
         return 1
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # which threads inherit
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as SIGTERM's is
-    limit_connections(services.servers, descriptors)
-    start(services)
-    if trim:
-        threading.Thread(target=end_after_the_script, args=(services, trim), name="end").start()
-    else:
-        wait_for_the_end(services)
     return 0
 
 

@@ -4445,22 +4445,9 @@ class ReplicasTest(Case):
     def test_a_private_first_has_no_list_to_copy(self) -> None:
         self.refuses_to_start(command(self.url(self.first("--private"))), "403")
 
-    def test_https_is_there_for_a_url_and_not_before(self) -> None:
-        code = """if True:
-            import sys
-            sys.path.insert(0, sys.argv[1])
-            import fingerd
-            slow = {"_hashlib", "_ssl", "email.utils", "http.client", "inspect", "pydoc"}
-            print(sorted(slow.intersection(sys.modules)))
-            try:
-                fingerd.UrlSource("https://127.0.0.1:1/", None).read({})
-            except fingerd.UsersError as problem:
-                print(problem)
-        """
-        command = [sys.executable, "-I", "-S", "-c", code, str(FINGERD.parent)]
-        first, second = subprocess.check_output(command).decode().splitlines()
-        self.assertEqual(first, "[]")
-        self.assertIn("Connection refused", second)
+    def test_a_url_may_be_https(self) -> None:
+        with self.assertRaisesRegex(fingerd.UsersError, "Connection refused"):
+            fingerd.UrlSource("https://127.0.0.1:1/", None).read({})
 
     def test_half_an_answer_is_refused(self) -> None:
         def serve() -> None:
@@ -4578,6 +4565,99 @@ class SurroundingsTest(Case):
             self.assertEqual(ask(port, b"moshez\r\n", host=host), HAPPY)
             self.assertEqual(ask(port, f"moshez@[{host}]".encode(), host=host)[:5], b"Happy")
         self.assertEqual(service.get(method="HEAD", host="::1").status, 200)
+
+    def test_import_leaves_the_library_as_it_was(self) -> None:
+        code = """if True:
+            import gc, sys
+            sys.path.insert(0, sys.argv[1])
+            path = list(sys.path)
+            import fingerd
+            assert sys.path == path and gc.isenabled() and not gc.get_freeze_count()
+            import http.client, http.server, xmlrpc.client, xmlrpc.server
+            handler = http.server.BaseHTTPRequestHandler.__new__(http.server.BaseHTTPRequestHandler)
+            assert handler.date_time_string(0) == "Thu, 01 Jan 1970 00:00:00 GMT"
+            dispatcher = xmlrpc.server.SimpleXMLRPCDispatcher()
+            dispatcher.register_introspection_functions()
+            assert "system.listMethods()" in dispatcher.system_methodHelp("system.listMethods")
+            try:
+                xmlrpc.client.ServerProxy("http://127.0.0.1:1").x()
+            except ConnectionRefusedError:
+                print("unchanged")
+        """
+        words = [sys.executable, "-I", "-S", "-c", code, str(HERE)]
+        self.assertEqual(run(words), (0, ["unchanged"], []))
+
+    def test_a_module_beside_the_script_does_not_run(self) -> None:
+        folder = self.folder()
+        folder.chmod(0o1777)
+        program = (sys.executable, shutil.copy(FINGERD, folder))
+        for name in ("argparse", "encodings", "idna", "linecache", "logging", "stat", "tokenize"):
+            (folder / f"{name}.py").write_text("raise SystemExit('planted')\n")
+        self.assertEqual(run([*program, "--version"])[0], 0)
+        service = self.launch(program=program)
+        self.assertEqual(service.rpc(call("x")).count("<fault>"), 1)
+        self.assertEqual((service.stop(), service.complaints()), (0, []))
+
+    def test_a_full_stderr_stops_nobody(self) -> None:
+        ports, users = [free_port() for _ in FACES], self.folder() / "users"
+        put(users, USERS)
+        addresses = [(f"--{face}", f"127.0.0.1:{port}") for face, port in zip(FACES, ports)]
+        words = command(users, "-v", *itertools.chain(*addresses))
+        process = subprocess.Popen(words, stderr=subprocess.PIPE)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        with process.stderr:
+            self.assertTrue(any(line.endswith(b" ready\n") for line in process.stderr))
+            for _ in range(1_500):  # more lines than fit into the pipe
+                self.assertEqual(ask(ports[0], b"moshez\r\n"), HAPPY)
+            self.assertEqual(ask(ports[1], b"moshez\nset\n"), b"OK\r\n")
+            self.assertEqual(fetch(ports[2]).status, 200)
+            process.terminate()
+            self.assertEqual(process.wait(DEADLINE), 0)
+            self.assertNotIn(b"stopped", process.stderr.read())
+
+    def test_a_closed_stderr_stops_nobody(self) -> None:
+        port, shell = free_port(), ("sh", "-c", 'exec "$@" 2>&-', "sh", *PROGRAM)
+        folder = self.folder()
+        put(folder / "users", USERS)
+        words = command(folder / "users", "--finger", f"127.0.0.1:{port}", program=shell)
+        process = subprocess.Popen(words)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        until(lambda: not refused(port))
+        self.assertEqual(ask(port, b"moshez\r\n"), HAPPY)
+        process.terminate()
+        self.assertEqual(process.wait(DEADLINE), 0)
+
+    def test_dropped_log_lines_are_counted(self) -> None:
+        self.patch(LOG_LINES=10)
+        reader, writer = os.pipe()
+        with open(reader) as lines, open(writer, "w") as stream:
+            handler = fingerd.LogWriter(stream.fileno())
+            log = logging.Logger("full")
+            log.addHandler(handler)
+            log.info("x" * 1_000_000)  # more than the pipe holds
+            self.assertTrue(select.select([reader], [], [], DEADLINE)[0])
+            for n in range(15):
+                log.info("line %d", n)
+            self.assertEqual(len(lines.readline()), 1_000_001)
+            self.assertEqual([lines.readline() for _ in range(10)][9], "line 9\n")
+            log.info("the next")
+            self.assertRegex(lines.readline(), r"\A5 log lines were dropped")
+            self.assertEqual(lines.readline(), "the next\n")
+            handler.close()
+
+    def test_the_flood_filter_does_not_depend_on_the_wall_clock(self) -> None:
+        keep, now = fingerd.FloodFilter().filter, time.monotonic()
+
+        def kept(created: float, seconds: float) -> int:
+            with mock.patch("time.monotonic", return_value=now + seconds):
+                record = {"levelno": logging.INFO, "msg": "bad", "created": created}
+                return sum(keep(logging.makeLogRecord(record)) for _ in range(200))
+
+        self.assertEqual(kept(time.time() + 1e8, 0), fingerd.FLOOD_LINES)
+        self.assertEqual(kept(time.time(), 1), 0)
+        self.assertEqual(kept(time.time(), fingerd.FLOOD_SECONDS), fingerd.FLOOD_LINES)
 
 
 # ---- the rest of the top level -----------------------------------------------------------------
