@@ -1606,8 +1606,12 @@ class WebTest(SharedCase):
         self.assertEqual(headers["vary"], "Accept")
 
     def test_an_unknown_users_page_escapes_the_name(self) -> None:
-        for path, user in (("nobody", "nobody"), ("mute", "mute"), ("a%0d%0aX-Evil:1", "aX-Evil:1"),
-                           ("%3Cb%3E%22", "&lt;b&gt;&quot;")):  # fmt: skip
+        for path, user in (
+            ("nobody", "nobody"),
+            ("mute", "mute"),
+            ("a%0d%0aX-Evil:1", "aX-Evil:1"),
+            ("%3Cb%3E%22", "&lt;b&gt;&quot;"),
+        ):
             page = self.get("/" + path)
             self.assertEqual(page.status, 404)
             self.assertIn(f"<h1>{user}</h1><p>No such user</p>", page.body.decode())
@@ -1633,38 +1637,51 @@ class WebTest(SharedCase):
     def test_the_pages_need_no_script_and_ask_for_nothing(self) -> None:
         for target in ("/", "/moshez", "/nobody"):
             page = self.get(target).body.decode()
-            for part in ('http-equiv="refresh"', 'rel="icon" href="data:,"', 'name="viewport"',
-                         "color-scheme: light dark", "<title>", 'lang="en"'):  # fmt: skip
+            for part in (
+                'http-equiv="refresh"',
+                'rel="icon" href="data:,"',
+                'name="viewport"',
+                "color-scheme: light dark",
+                "<title>",
+                'lang="en"',
+            ):
                 self.assertIn(part, page, target)
             self.assertNotRegex(page, r"<script|<img|src=|javascript:|https?://")
 
     def test_a_connection_is_kept_or_closed(self) -> None:
         close, keep = "Connection: close", "Connection: keep-alive"
         rows: list[tuple[int, bool, bytes]] = [  # status, whether the connection stays, request
-            (200, True, request()), (404, True, request("/nobody")),
+            (200, True, request()),
+            (404, True, request("/nobody")),
             (200, True, post(CALL, target="/")),
             (200, True, post(CALL)),
             (405, True, post(CALL, target="/moshez")),
             (405, True, request(method="PUT", body=b"x" * 65536)),
-            (405, True, request("*", method="OPTIONS")), (501, True, request(method="BREW")),
-            (501, True, request(method="get")), (406, True, request("/", "Accept: image/png")),
+            (405, True, request("*", method="OPTIONS")),
+            (501, True, request(method="BREW")),
+            (501, True, request(method="get")),
+            (406, True, request("/", "Accept: image/png")),
             (415, True, post(CALL, "Content-Encoding: gzip")),
             (200, True, request(body=b"GET /smuggled HTTP/1.1\r\n\r\n")),
-            (200, True, request("http://elsewhere/moshez")), (200, True, b"\r\n\r\n" + request()),
+            (200, True, request("http://elsewhere/moshez")),
+            (200, True, b"\r\n\r\n" + request()),
             (200, False, request("/moshez", close)),
             (200, False, request("/moshez", "Connection: TE, Close")),
             (200, False, request(version="1.0")),
             (200, True, request("/moshez", keep, version="1.0")),
-            (400, False, b"GET /moshez\r\n\r\n"), (400, False, b"GET / HTTP/1.1\r\n\r\n"),
-            (400, False, request("/moshez", "Host: h")), (400, False, request("/moshez", "X : y")),
+            (400, False, b"GET /moshez\r\n\r\n"),
+            (400, False, b"GET / HTTP/1.1\r\n\r\n"),
+            (400, False, request("/moshez", "Host: h")),
+            (400, False, request("/moshez", "X : y")),
             (400, False, request("/moshez", "Content-Length: +5")),
             (400, False, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n"),
             (505, False, request(version="2.0")),
             (501, False, post(b"", "Transfer-Encoding: chunked") + b"0\r\n\r\n"),
             (413, False, post(b"", "Content-Length: 65537") + b"x" * 99),
-            (414, False, request("/" + "x" * 9000)), (431, False, request("/", "X: " + "x" * 9000)),
-            (417, False, post(b"x", "Expect: miracles"))
-        ]  # fmt: skip
+            (414, False, request("/" + "x" * 9000)),
+            (431, False, request("/", "X: " + "x" * 9000)),
+            (417, False, post(b"x", "Expect: miracles")),
+        ]
         for status, kept, data in rows:
             with self.subTest(data[:80]):
                 probe = request("/shawn?format=text", close)
@@ -1691,9 +1708,13 @@ class WebTest(SharedCase):
     def test_a_stock_client_reuses_its_connection(self) -> None:
         client = http.client.HTTPConnection("127.0.0.1", self.service.port("web"), DEADLINE)
         with contextlib.closing(client):
-            for method, target, body in (("GET", "/moshez", None), ("HEAD", "/", None),
-                                         ("GET", "/nobody", None), ("PUT", "/moshez", "x" * 9),
-                                         ("GET", "/?format=json", None)) * 2:  # fmt: skip
+            for method, target, body in (
+                ("GET", "/moshez", None),
+                ("HEAD", "/", None),
+                ("GET", "/nobody", None),
+                ("PUT", "/moshez", "x" * 9),
+                ("GET", "/?format=json", None),
+            ) * 2:
                 client.request(method, target, body)
                 sock = client.sock
                 client.getresponse().read()
@@ -1721,14 +1742,21 @@ class WebTest(SharedCase):
         for target in ("/", "/moshez", *(f"/moshez?format={name}" for name in fingerd.FORMATS)):
             dated = until(lambda t=target: "last-modified" in self.get(t).headers and self.get(t))
             etag, modified = dated.headers["etag"], dated.headers["last-modified"]
-            for condition in (f"If-None-Match: {etag}", f'If-None-Match: "x", W/{etag}',
-                              "If-None-Match: *", f"If-Modified-Since: {modified}"):  # fmt: skip
+            for condition in (
+                f"If-None-Match: {etag}",
+                f'If-None-Match: "x", W/{etag}',
+                "If-None-Match: *",
+                f"If-Modified-Since: {modified}",
+            ):
                 for method in ("GET", "HEAD"):
                     known = self.get(target, condition, method=method)
                     self.assertEqual((known.status, known.body), (304, b""), condition)
                     self.assertEqual(known.headers["etag"], etag)
-            for condition in ('If-None-Match: "x"', "If-Modified-Since: yesterday",
-                              f'If-None-Match: "x"\r\nIf-Modified-Since: {modified}'):  # fmt: skip
+            for condition in (
+                'If-None-Match: "x"',
+                "If-Modified-Since: yesterday",
+                f'If-None-Match: "x"\r\nIf-Modified-Since: {modified}',
+            ):
                 self.assertEqual(self.get(target, condition).body, dated.body, condition)
 
     def test_a_page_that_is_not_wanted_any_more_is_not_sent(self) -> None:
@@ -1953,8 +1981,14 @@ class XmlRpcTest(SharedCase):
         self.assertEqual(proxy.getUser("mute"), "No such user")
         everybody = [line.split(": ") for line in MANY.splitlines() if line != "mute:"]
         self.assertEqual(proxy.listUsers(), dict(everybody))
-        methods = ["getUser", "listUsers", *(f"system.{name}" for name in (
-            "listMethods", "methodHelp", "methodSignature", "multicall"))]  # fmt: skip
+        methods = [
+            "getUser",
+            "listUsers",
+            *(
+                f"system.{name}"
+                for name in ("listMethods", "methodHelp", "methodSignature", "multicall")
+            ),
+        ]
         self.assertEqual(sorted(proxy.system.listMethods()), methods)
         self.assertEqual(proxy.system.methodSignature("getUser"), [["string", "string"]])
         self.assertEqual(proxy.system.methodSignature("listUsers"), [["struct"]])
@@ -1967,11 +2001,23 @@ class XmlRpcTest(SharedCase):
         proxy = self.rpc()
         no_method, bad_params = -32601, -32602
         for code, method, arguments in [
-            *[(no_method, name, ("moshez",)) for name in (
-                "nothing", "get_user", "_dispatch", "getUser.__class__", "system.nothing",
-                "_get_user", "system", "system.multicall.x")],
-            *[(bad_params, "getUser", arguments) for arguments in (
-                (), ("a", "b"), (1,), (["a"],), ({"a": 1},), (True,), (b"a",))],
+            *[
+                (no_method, name, ("moshez",))
+                for name in (
+                    "nothing",
+                    "get_user",
+                    "_dispatch",
+                    "getUser.__class__",
+                    "system.nothing",
+                    "_get_user",
+                    "system",
+                    "system.multicall.x",
+                )
+            ],
+            *[
+                (bad_params, "getUser", arguments)
+                for arguments in ((), ("a", "b"), (1,), (["a"],), ({"a": 1},), (True,), (b"a",))
+            ],
             (bad_params, "listUsers", (1,)),
             (bad_params, "system.listMethods", (1,)),
             (bad_params, "system.methodHelp", ()),
@@ -1979,7 +2025,7 @@ class XmlRpcTest(SharedCase):
             (bad_params, "system.multicall", ("x",)),
             (bad_params, "system.multicall", ([], [])),
             (no_method, "system.methodSignature", ("nothing",)),
-        ]:  # fmt: skip
+        ]:
             with self.subTest(method, arguments=arguments):
                 self.assertEqual(self.fault(getattr(proxy, method), *arguments)[0], code)
 
@@ -2008,10 +2054,16 @@ class XmlRpcTest(SharedCase):
         self.assertEqual(proxy.system.multicall([]), [])
         bad = [
             {"methodName": "system.multicall", "params": [[call]]},
-            {"methodName": "listUsers", "params": []}, {"methodName": "nothing", "params": []},
-            {"methodName": "getUser", "params": "shawn"}, {"methodName": "getUser", "params": []},
-            {"methodName": 5, "params": []}, {"params": []}, {}, "getUser", 5
-        ]  # fmt: skip
+            {"methodName": "listUsers", "params": []},
+            {"methodName": "nothing", "params": []},
+            {"methodName": "getUser", "params": "shawn"},
+            {"methodName": "getUser", "params": []},
+            {"methodName": 5, "params": []},
+            {"params": []},
+            {},
+            "getUser",
+            5,
+        ]
         deep = "<array>" * 3_900 + "</array>" * 3_900  # so that even its repr would recurse
         body = xmlrpc.client.dumps(([{"methodName": "deep", "params": []}],), "system.multicall")
         body = body.replace("<string>deep</string>", deep)
