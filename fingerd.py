@@ -680,23 +680,32 @@ def user_url(base: str, user: str) -> str:
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
 # Fault codes, from "Specification for Fault Code Interoperability" (Dan Libby, 2001).
-PARSE_ERROR, INVALID_REQUEST, NO_METHOD = -32700, -32600, -32601
-INVALID_PARAMS, FAULT_INSIDE, DENIED = -32602, -32603, -32500
-XML_ENCODINGS = "utf-?(8|16)([bl]e)?|us-ascii|iso-8859-1?[0-9]|windows-125[0-9]|koi8-[ru]"
+PARSE_ERROR, UNKNOWN_ENCODING, INVALID_REQUEST = -32700, -32701, -32600
+NO_METHOD, INVALID_PARAMS, FAULT_INSIDE, DENIED = -32601, -32602, -32603, -32500
+_XML_ENCODING = re.compile(rb"(?:\xef\xbb\xbf)?<\?xml\s[^>]*?\bencoding\s*=\s*[\"']([^\"']*)")
+# Python remembers each name of an encoding that it looks up, so there must be few.
+XML_ENCODINGS = re.compile(
+    "utf-(8|16|16[bl]e)|(us-)?ascii|(iso-?)?8859-?1?[0-9]|latin-?1?[0-9]|l[1-9]"
+    "|(windows-?|cp)125[0-9]|cp(437|85[0-9]|866)|koi8-[ru]|mac(-?roman|intosh)"
+)
+
+
+def xml_encoding(body: bytes, content_type: str) -> str:
+    """The name of the encoding of an XML document, in lower case.
+
+    A byte order mark decides, then the document's declaration, then Content-Type (RFC 7303).
+    """
+    if b"\0" in body[:2] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return {b"<\0": "utf-16le", b"\0<": "utf-16be"}.get(body[:2], "utf-16")
+    declared = _XML_ENCODING.match(body)
+    charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", content_type, re.IGNORECASE)
+    name = declared[1].decode("latin-1") if declared else charset[1] if charset else "utf-8"
+    return re.sub("^utf-?", "utf-", name.lower().replace("_", "-"))
 
 
 def _refuse_doctype(*_declaration: object) -> None:
     """End the parse: a DOCTYPE may declare entities, which can expand without bound."""
     raise ValueError("a DOCTYPE is not accepted")
-
-
-def _refuse_encoding(_version: str, encoding: str | None, _standalone: int) -> None:
-    """End the parse unless the encoding is a usual one.
-
-    Python remembers each name of an encoding that it looks up, so clients could fill the memory.
-    """
-    if encoding and not re.fullmatch(XML_ENCODINGS, encoding, re.ASCII | re.IGNORECASE):
-        raise ValueError("an unknown encoding")
 
 
 class RpcCall(NamedTuple):
@@ -707,14 +716,16 @@ class RpcCall(NamedTuple):
     fault: xmlrpc.client.Fault | None = None
 
 
-def parse_rpc_call(body: bytes) -> RpcCall:
+def parse_rpc_call(body: bytes, content_type: str = "") -> RpcCall:
     """The method and the parameters in the body of a request, or the fault that answers it."""
+    encoding = xml_encoding(body, content_type)
+    if not XML_ENCODINGS.fullmatch(encoding):
+        return RpcCall(fault=xmlrpc.client.Fault(UNKNOWN_ENCODING, "unsupported encoding"))
     target = xmlrpc.client.Unmarshaller()
-    parser = xml.parsers.expat.ParserCreate()
+    parser = xml.parsers.expat.ParserCreate(encoding)  # whatever the document declares
     parser.StartElementHandler, parser.EndElementHandler = target.start, target.end
     parser.CharacterDataHandler = target.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
-    parser.XmlDeclHandler = _refuse_encoding
     method, fault = None, xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
     try:
         target.xml(None, None)  # type: ignore[arg-type]  # it is given text, not bytes
@@ -724,7 +735,7 @@ def parse_rpc_call(body: bytes) -> RpcCall:
         pass  # a posted <methodResponse> that holds a fault
     except Exception:  # the unmarshaller lets broken input raise almost anything
         fault = xmlrpc.client.Fault(PARSE_ERROR, "not well-formed XML-RPC")
-    return RpcCall(fault=fault) if method is None else RpcCall(method, params)
+    return RpcCall(fault=fault) if method is None else RpcCall(method.strip(), params)
 
 
 # ---- IRC (RFC 2812, modern.ircdocs.horse, IRCv3) ---------------------------------------------
@@ -1544,7 +1555,9 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
             answer: Any = call.fault or (self._dispatch(call.method, call.params),)
         except xmlrpc.client.Fault as fault:
             answer = fault
-        page = make_page(200, "text/xml", [xmlrpc.client.dumps(answer, methodresponse=True)])
+        text = xmlrpc.client.dumps(answer, methodresponse=True)
+        text = text.encode("ascii", "xmlcharrefreplace").decode()  # some clients count characters
+        page = make_page(200, "text/xml", [text])
         if call == LIST_USERS:
             self._listed = version, page
         return page

@@ -1034,15 +1034,35 @@ class CodecsTest(Case):
         )
 
     def test_unknown_encodings_are_not_remembered(self) -> None:
-        for name, code in (("KOI8-R", None), ("martian", fingerd.PARSE_ERROR)):
-            body = CALL.replace(b"?>", f" encoding='{name}'?>".encode(), 1)
-            got = fingerd.parse_rpc_call(body)
-            self.assertEqual(getattr(got.fault, "faultCode", None), code, name)
         known = len(vars(encodings)["_cache"])
         for n in range(50):
             body = CALL.replace(b"?>", f" encoding='utf{n}-{'x' * 9_000}'?>".encode(), 1)
             self.assertTrue(fingerd.parse_rpc_call(body).fault)
         self.assertEqual(len(vars(encodings)["_cache"]), known)
+
+    ENCODINGS: ClassVar = """utf-8 UTF8 utf_8 ascii US-ASCII latin-1 Latin1 iso8859-1 iso_8859-1
+        ISO-8859-1 iso-8859-15 latin9 cp1252 windows-1252 windows-1251 CP1251 koi8-r KOI8-U cp437
+        cp850 macintosh utf-16 utf-16le UTF-16BE"""
+
+    def test_usual_encodings_are_read(self) -> None:
+        for name in self.ENCODINGS.split():
+            for user in ("moshez", "zo\u00e9", "\u0436"):
+                with self.subTest(name, user=user):
+                    text = xmlrpc.client.dumps((user,), "f")
+                    try:
+                        plain = text[22:].encode(name)
+                        data = text.replace("?>", f" encoding='{name}'?>", 1).encode(name)
+                    except UnicodeEncodeError:
+                        continue
+                    self.assertEqual(fingerd.parse_rpc_call(data)[:2], ("f", (user,)))
+                    said = fingerd.parse_rpc_call(plain, f'text/xml; Charset="{name}"; x=y')
+                    self.assertEqual(said[:2], ("f", (user,)))
+        latin = CALL.replace(b"?>", b" encoding='latin-1'?>").replace(b"moshez", b"zo\xe9")
+        both = fingerd.parse_rpc_call(latin, "text/xml; charset=utf-8")
+        self.assertEqual(both.params, ("zo\u00e9",))
+        for content_type in ("text/xml; charset=martian", "text/xml;charset=utf-7"):
+            fault = fingerd.parse_rpc_call(CALL, content_type).fault
+            self.assertEqual(fault.faultCode, fingerd.UNKNOWN_ENCODING)
 
     def test_a_path_names_a_user(self) -> None:
         self.table(
@@ -1087,7 +1107,9 @@ class CodecsTest(Case):
             (accent("latin-1"), bad),
             (b"<!DOCTYPE methodCall>" + accent(), bad),
             (b"<!DOCTYPE a [<!ENTITY b 'c'>]>" + accent(), bad),
-            (b"<?xml version='1.0' encoding='martian'?>" + accent(), bad),
+            (b"<?xml version='1.0' encoding='martian'?>" + accent(), fingerd.UNKNOWN_ENCODING),
+            (b"<?xml version='1.0' encoding='utf-16'?>" + accent(), bad),
+            (accent().replace(b">f<", b"> f\r\n<"), ("f", ("\u00e9",))),
             ((call % param % "<int>x</int>").encode(), bad),
             ((call % param % "<base64>a</base64>").encode(), bad),
             ((call % param % "<boolean>2</boolean>").encode(), bad),
@@ -1977,6 +1999,9 @@ class XmlRpcTest(SharedCase):
         proxy = self.rpc()
         self.assertEqual(proxy.getUser("moshez"), "Happy and well")
         self.assertEqual(proxy.getUser("zo\u00e9"), "caf\u00e9 \u2615 <&>")
+        self.assertIn(
+            "<string>caf&#233; &#9749; &lt;", self.service.rpc(call("getUser", "zo\u00e9"))
+        )
         self.assertEqual(proxy.getUser("nobody"), "No such user")
         self.assertEqual(proxy.getUser("mute"), "No such user")
         everybody = [line.split(": ") for line in MANY.splitlines() if line != "mute:"]
@@ -3648,7 +3673,7 @@ class PrivilegesTest(Case):
         dated = call("getUser", xmlrpc.client.DateTime("20260101T00:00:00"))
         for body, words in (
             (call("system.methodHelp", "getUser"), "<string>The user's status"),
-            (KOI8_CALL, "<string>(мир|not well-formed XML-RPC)</string>"),
+            (KOI8_CALL, "<string>(&#1084;&#1080;&#1088;|not well-formed XML-RPC)</string>"),
             (dated, "wrong parameters"),
         ):
             self.assertRegex(service.rpc(body), words)
@@ -4600,7 +4625,7 @@ class SurroundingsTest(Case):
                 for target in ("/", "/zoé", "/?format=atom"):
                     self.assertIn("bientôt", service.get(target).body.decode())
                 self.assertEqual(service.get("/zo%C3%A9?format=text").body, "bientôt\n".encode())
-                self.assertIn("bientôt</string>", service.rpc(call("getUser", "zoé")))
+                self.assertIn("bient&#244;t</string>", service.rpc(call("getUser", "zoé")))
                 self.assertEqual(service.stop(), 0)
                 self.assertEqual(len(service.complaints()), 1, service.complaints())
 
