@@ -432,7 +432,6 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
         return 400
     if "transfer-encoding" in headers:
         codings = [coding.strip() for coding in headers["transfer-encoding"].lower().split(",")]
-        return 501
         if not http_1_1 or "content-length" in headers or "chunked" in codings[:-1]:
             return 400
         if codings != ["chunked"]:
@@ -2472,9 +2471,10 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
             return self.refuse()
         if "content-encoding" in self.head.headers:
             return error_page(415)
+        content_type = self.head.headers.get("content-type", "")
         if len(self.body) > MAX_SHORT_CALL:
-            return lambda: self.rpc_page(parse_rpc_call(self.body))
-        call = parse_rpc_call(self.body)
+            return lambda: self.rpc_page(parse_rpc_call(self.body, content_type))
+        call = parse_rpc_call(self.body, content_type)
         is_long = self.server.rpc.is_long(call)
         return (lambda: self.rpc_page(call)) if is_long else self.rpc_page(call)
 

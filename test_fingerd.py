@@ -271,6 +271,12 @@ def post(body: bytes, *headers: str, target: str = "/RPC2") -> bytes:
     return request(target, *headers, method="POST", body=body)
 
 
+def chunked(body: bytes, size: int) -> bytes:
+    """The body in chunks of `size` bytes."""
+    chunks = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
+
+
 def responses(data: bytes, *methods: str) -> list[Response]:
     """The responses to requests of these methods (GET where none is named)."""
     found = []
@@ -855,6 +861,10 @@ class CodecsTest(Case):
             {"headers": {"host": "h", "content-length": "0" * 5_000}},
         ),
         (
+            raw("GET / HTTP/1.1", "Host: h", "Transfer-Encoding:\tChunked "),
+            {"chunked": True, "headers": {"host": "h", "transfer-encoding": "Chunked"}},
+        ),
+        (
             raw("GET / HTTP/1.1", "Host: h", "Expect: 100-Continue"),
             {"headers": {"host": "h", "expect": "100-Continue"}},
         ),
@@ -957,6 +967,27 @@ class CodecsTest(Case):
         "h#",
     ]
 
+    DOUBTFUL_CODINGS: ClassVar = [
+        ["Content-Length: 5", "Transfer-Encoding: chunked"],
+        ["Transfer-Encoding: chunked", "Content-Length: 0"],
+        ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+        ["Transfer-Encoding: chunked, chunked"],
+        ["Transfer-Encoding: chunked, gzip"],
+        ["Transfer-Encoding: chunked,"],
+        ["Transfer-Encoding : chunked"],
+    ]
+    OTHER_CODINGS: ClassVar = [
+        "",
+        ",",
+        "identity",
+        "xchunked",
+        "gzip, chunked",
+        ", chunked",
+        "chunked;q=1",
+        '"chunked"',
+        "chunked\t x",
+    ]
+
     def test_doubtful_request_heads_are_refused(self) -> None:
         get, host = "GET / HTTP/1.1", "Host: h"
         rows: list[tuple[int, list[str]]] = [
@@ -967,6 +998,9 @@ class CodecsTest(Case):
             (400, [get]),
             (400, ["GET http://h/ HTTP/1.1"]),
             *((505, [f"GET / HTTP/{version}", host]) for version in ("0.9", "2.0", "3.1")),
+            *((400, [get, host, *lines]) for lines in self.DOUBTFUL_CODINGS),
+            (400, ["GET / HTTP/1.0", "Transfer-Encoding: chunked"]),
+            *((501, [get, host, f"Transfer-Encoding: {coding}"]) for coding in self.OTHER_CODINGS),
             (413, [get, host, "Content-Length: 65537"]),
             (413, [get, host, "Content-Length: " + "9" * 5000]),
             (417, [get, host, "Expect: a miracle"]),
@@ -991,6 +1025,84 @@ class CodecsTest(Case):
         for endless in (b"\n", b"\r\n", b"\r", b" ", b"\0"):
             with self.subTest(endless):
                 self.assertIsNotNone(fingerd.parse_http_head(endless * 100_000, False))
+
+    CHUNKED: ClassVar = [  # bodies, and the data in them
+        (b"0\r\n\r\n", b""),
+        (b"5\r\nhello\r\n0\r\n\r\n", b"hello"),
+        (b"5\r\nhel\r\n\r\n0\r\n\r\n", b"hel\r\n"),
+        (b"00000005\r\nhello\r\n000\r\n\r\n", b"hello"),
+        (b"a\r\n0123456789\r\nB\r\n0\r\n\r\n123456\r\n0\r\n\r\n", b"01234567890\r\n\r\n123456"),
+        (b"5;a=b;c\r\nhello\r\n0;x\r\n\r\n", b"hello"),
+        (b'5 \t;a="\xe9;"\r\nhello\r\n0 \r\n\r\n', b"hello"),
+        (b"5;" + b"x" * 256 + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
+        (b"0\r\nHost: evil\r\nX:\r\n\r\n", b""),
+        (b"5\r\nhello\r\n0\r\nX: " + b"x" * 4_000 + b"\r\n\r\n", b"hello"),
+        (chunked(b"x" * 256, 1), b"x" * 256),
+        (chunked(b"x" * 65_536, 9_999), b"x" * 65_536),
+    ]
+    BAD_CHUNKS: ClassVar = [
+        (400, b"\r\n"),
+        (400, b" 5\r\n"),
+        (400, b"+5"),
+        (400, b"-5"),
+        (400, b"0x5"),
+        (400, b"g"),
+        (400, b"5\n"),
+        (400, b"5\r\r"),
+        (400, b"5\rx"),
+        (400, b"5 5"),
+        (400, b"5,"),
+        (400, b"5_0"),
+        (400, b"\xb2"),
+        (400, b"000000005\r\n"),
+        (400, b"fffffffff\r\n"),
+        (400, b";a\r\n"),
+        (400, b"5;a\x00"),
+        (400, b"5;a\nb\r\n"),
+        (400, b"5;" + b"x" * 257),
+        (400, b"5" + b" " * 65),
+        (400, b"5\r\nhello5"),
+        (400, b"5\r\nhello\n"),
+        (400, b"5\r\nhello\r\r"),
+        (400, b"5\r\nhello!\r\n"),
+        (400, b"0\r\nno colon\r\n"),
+        (400, b"0\r\nX : y\r\n"),
+        (400, b"0\r\nX: y\n"),
+        (400, b"0\r\n folded: x\r\n"),
+        (400, b"0\r\nX: \x00\r\n"),
+        (400, b"0\r\n\n"),
+        (413, b"10001\r\n"),
+        (413, b"ffffffff\r\n"),
+        (413, b"8000\r\n" + b"x" * 32_768 + b"\r\n8001\r\n"),
+        (413, chunked(b"x" * 257, 1)),
+        (431, b"0\r\n" + b"X: y\r\n" * 1_000),
+        (431, b"0\r\nX: " + b"x" * 4_096),
+    ]
+
+    def test_request_bodies(self) -> None:
+        top = raw("POST / HTTP/1.1", "Host: h", "Transfer-Encoding: chunked")
+        head = fingerd.parse_http_head(top, False)
+        for data, body in self.CHUNKED:
+            with self.subTest(data[:60]):
+                wanted = fingerd.HttpBody(0, len(data), body)
+                for behind in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0\r\n\r\n", b"\r\n"):
+                    self.assertEqual(fingerd.parse_http_body(head, top + data + behind), wanted)
+                for size in range(0, len(data), 1 if len(data) < 500 else 97):
+                    self.assertIsNone(fingerd.parse_http_body(head, top + data[:size]))
+        plain = head._replace(chunked=False, length=5)
+        self.assertIsNone(fingerd.parse_http_body(plain, top + b"hell"))
+        body = fingerd.parse_http_body(plain, top + b"hello!")
+        self.assertEqual(body, fingerd.HttpBody(0, 5, b"hello"))
+
+    def test_doubtful_request_bodies_are_refused(self) -> None:
+        head = Head(chunked=True)
+        for status, data in self.BAD_CHUNKS:
+            with self.subTest(data[:60]):
+                bad = fingerd.HttpBody(status)
+                for behind in (b"", b"\r\n", b"hello\r\n0\r\n\r\n"):
+                    self.assertEqual(fingerd.parse_http_body(head, data + behind), bad)
+                found = [fingerd.parse_http_body(head, data[:size]) for size in range(len(data))]
+                self.assertEqual([each for each in found if each not in (None, bad)], [])
 
     def test_formats_are_chosen_by_query_and_accept(self) -> None:
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"
@@ -1698,7 +1810,18 @@ class WebTest(SharedCase):
             (400, False, request("/moshez", "Content-Length: +5")),
             (400, False, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n\n"),
             (505, False, request(version="2.0")),
-            (501, False, post(b"", "Transfer-Encoding: chunked") + b"0\r\n\r\n"),
+            (200, True, post(b"", "Transfer-Encoding: chunked") + chunked(CALL, 7)),
+            (200, True, request("/moshez", "Transfer-Encoding: chunked") + b"0\r\n\r\n"),
+            (
+                405,
+                True,
+                request("/moshez", "Transfer-Encoding: chunked", method="PUT")
+                + chunked(b"x" * 999, 99),
+            ),
+            (400, False, post(b"x", "Transfer-Encoding: chunked") + b"0\r\n\r\n"),
+            (400, False, post(b"", "Transfer-Encoding: chunked") + b"5\n"),
+            (413, False, post(b"", "Transfer-Encoding: chunked") + chunked(b"x" * 65_537, 9_999)),
+            (501, False, post(b"", "Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n"),
             (413, False, post(b"", "Content-Length: 65537") + b"x" * 99),
             (414, False, request("/" + "x" * 9000)),
             (431, False, request("/", "X: " + "x" * 9000)),
