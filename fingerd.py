@@ -1316,6 +1316,10 @@ def error_page(status: int, words: str = "") -> Page:
     return make_page(status, "text/html", [html_error(str(status), words or phrase)])
 
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
+ANY_ORIGIN = {"Access-Control-Allow-Origin": "*"}  # pages from elsewhere may read this page
+
+
 def finger_links(user: str, policy: Policy) -> list[str]:
     """How to finger the user, in HTML: the command, and a link."""
     host, port = policy.finger_host, policy.finger_port
@@ -1382,8 +1386,36 @@ class WebAnswers:
         name = choose_format(head.query, head.headers.get("accept", ""))
         return name != "" and self._lists.get(name, (-1,))[0] != now.version
 
+    def refusal(self, head: HttpHead) -> Page | None:
+        """The page that refuses a request, whatever its body is, or None if it is accepted."""
+        if head.problem or head.method not in METHODS:
+            return error_page(head.problem or 501)
+        takes_calls = head.path in ("/", "/RPC2")  # some clients post their calls to /
+        if head.method == "POST" and takes_calls:
+            return error_page(415) if "content-encoding" in head.headers else None
+        allowed = ["GET", "HEAD"] if head.path != "/RPC2" or self._store.get("RPC2") else []
+        allowed += ["POST"] * takes_calls
+        allowed += ["OPTIONS"] * (self._policy.public_url != "" and head.path != "/RPC2")
+        if head.method in allowed:
+            return None
+        page = error_page(405)
+        page.headers["Allow"] = ", ".join(allowed)
+        return page
+
+    def options(self) -> Page:
+        """The answer to a browser that asks whether pages from elsewhere may read these pages."""
+        allowed = {"Access-Control-Allow-Methods": "GET, HEAD", "Access-Control-Allow-Headers": "*"}
+        return Page(204, {**ANY_ORIGIN, **allowed, "Access-Control-Max-Age": "86400"}, [])
+
     def page(self, head: HttpHead) -> Page:
         """The page that a GET asks for."""
+        page = self._page(head)
+        if self._policy.public_url and head.path != "/RPC2":
+            page.headers.update(ANY_ORIGIN)
+        return page
+
+    def _page(self, head: HttpHead) -> Page:
+        """The page without the header for other origins."""
         name = choose_format(head.query, head.headers.get("accept", ""))
         if not name:
             return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
@@ -2447,8 +2479,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Find the answer."""
-        method = getattr(self, f"do_{self.command}", self.unknown)
-        self.answer: Page | Callable[[], Page] = method()
+        self.answer: Page | Callable[[], Page] = getattr(self, f"do_{self.command}")()
 
     def finish(self) -> None:
         """Nothing: the library would close its files."""
@@ -2466,11 +2497,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
             return self.server.answers.page(self.head)
 
     def do_POST(self) -> Page | Callable[[], Page]:
-        """The answer to an XML-RPC call; some clients post it to /."""
-        if self.path not in ("/", "/RPC2"):
-            return self.refuse()
-        if "content-encoding" in self.head.headers:
-            return error_page(415)
+        """The answer to an XML-RPC call."""
         content_type = self.head.headers.get("content-type", "")
         if len(self.body) > MAX_SHORT_CALL:
             return lambda: self.rpc_page(parse_rpc_call(self.body, content_type))
@@ -2487,17 +2514,9 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
             fault = xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR)
             return make_page(200, "text/xml", [xmlrpc.client.dumps(fault)])
 
-    def refuse(self) -> Page:
-        """The page that names the methods that can be used instead."""
-        page = error_page(405)
-        page.headers["Allow"] = "GET, HEAD" + (", POST" if self.path in ("/", "/RPC2") else "")
-        return page
-
-    do_OPTIONS = do_PUT = do_DELETE = do_PATCH = do_TRACE = do_CONNECT = refuse
-
-    def unknown(self) -> Page:
-        """The page for a method that HTTP does not have."""
-        return error_page(501)
+    def do_OPTIONS(self) -> Page:
+        """The answer to a browser that asks for the page of another origin."""
+        return self.server.answers.options()
 
 
 class WebServer(Server):
@@ -2515,12 +2534,17 @@ class WebServer(Server):
         head = parse_http_head(received, ended)
         if head is None:
             return None
-        body = parse_http_body(head, received)
+        body, refusal = parse_http_body(head, received), self.answers.refusal(head)
         if body is None:
-            waits = "expect" in head.headers and head.http_1_1 and len(received) == head.size
-            return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False) if waits else None
-        problem = head.problem or body.problem
-        head = head._replace(keep=head.keep and not problem and not self.is_crowded())
+            if not ("expect" in head.headers and head.http_1_1 and len(received) == head.size):
+                return None
+            if not refusal:
+                return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
+            body, head = HttpBody(), head._replace(keep=False)  # the client need not send it
+        if body.problem:
+            refusal = error_page(body.problem)
+        if body.problem or self.is_crowded():
+            head = head._replace(keep=False)
 
         def respond(page: Page) -> Reply:
             pieces = web_response(head, page, time.time())
@@ -2528,8 +2552,8 @@ class WebServer(Server):
             log.debug("web: %s: %s %a: %d", connection, head.method, path, page.status)
             return Reply(pieces, head.size + body.size, not head.keep)
 
-        if problem:
-            return respond(error_page(problem))
+        if refusal:
+            return respond(refusal)
         request: Any = head, body.data
         answer = WebHandler(request, connection.address, self).answer
         return respond(answer) if isinstance(answer, Page) else lambda: respond(answer())

@@ -287,7 +287,9 @@ def responses(data: bytes, *methods: str) -> list[Response]:
         first, *lines = top.decode("latin-1").split("\r\n")
         headers = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines}
         status = int(first.split(" ")[1])
-        size = 0 if method == "HEAD" or status in (100, 304) else int(headers["content-length"])
+        size = (
+            0 if method == "HEAD" or status in (100, 204, 304) else int(headers["content-length"])
+        )
         assert len(headers) == len(lines) and len(data) >= size, data
         found.append(Response(status, headers, data[:size]))
         data = data[size:]
@@ -1731,7 +1733,8 @@ class WebTest(SharedCase):
                 (since,) = Links(page.body).times
                 self.assertRegex(since, ISO)
                 self.assertTrue(page.body.startswith(b"<!DOCTYPE html>"))
-        headers = self.get().headers
+        headers = self.get("/moshez", "Origin: http://elsewhere").headers
+        self.assertNotIn("access-control-allow-origin", headers)
         self.assertEqual(headers["content-type"], "text/html; charset=utf-8")
         self.assertEqual(headers["cache-control"], "no-cache")
         self.assertEqual(headers["x-content-type-options"], "nosniff")
@@ -1840,7 +1843,7 @@ class WebTest(SharedCase):
                 if b"keep-alive" in data:
                     self.assertEqual(first.headers.get("connection"), "keep-alive")
                 if status == 405:
-                    self.assertRegex(first.headers["allow"], r"\AGET, HEAD(, POST)?\Z")
+                    self.assertRegex(first.headers["allow"], r"\A(GET, HEAD|POST)")
                 self.assertNotRegex(first.body, rb"xxxx|BREW|image/png|smuggled")
 
     def test_pipelined_and_piecemeal_requests(self) -> None:
@@ -1882,6 +1885,37 @@ class WebTest(SharedCase):
             sock.shutdown(socket.SHUT_WR)
             (answer,) = responses(read_all(sock))
         self.assertIn(b"Happy and well", answer.body)
+
+    def test_a_body_is_not_asked_for_if_the_request_is_refused(self) -> None:
+        rows = [
+            (405, post(CALL, target="/moshez")),
+            (405, request(method="PUT", body=b"x")),
+            (413, post(b"", "Content-Length: 65537")),
+            (415, post(CALL, "Content-Encoding: gzip")),
+            (501, request(method="BREW", body=b"x")),
+        ]
+        for status, data in rows:
+            top = data.partition(b"\r\n\r\n")[0] + b"\r\nExpect: 100-continue\r\n\r\n"
+            with self.subTest(status), connect(self.service.port("web"), top) as sock:
+                (answer,) = responses(read_all(sock))
+                self.assertEqual((answer.status, answer.headers["connection"]), (status, "close"))
+
+    def test_the_methods_that_can_be_used_are_named(self) -> None:
+        store = make_store({"RPC2": "a user"})
+        other = self.server(fingerd.WebServer, store, fingerd.Policy()).port
+        rows = [
+            (self.service.port("web"), 405, "PUT", "/", "GET, HEAD, POST"),
+            (self.service.port("web"), 405, "POST", "/moshez", "GET, HEAD"),
+            (self.service.port("web"), 405, "GET", "/RPC2", "POST"),
+            (self.service.port("web"), 405, "HEAD", "/RPC2?format=json", "POST"),
+            (self.service.port("web"), 405, "OPTIONS", "/", "GET, HEAD, POST"),
+            (other, 405, "PUT", "/RPC2", "GET, HEAD, POST"),
+            (other, 200, "GET", "/RPC2", None),
+        ]
+        for port, status, method, target, allowed in rows:
+            with self.subTest(method, target=target):
+                answer = fetch(port, target, method=method)
+                self.assertEqual((answer.status, answer.headers.get("allow")), (status, allowed))
 
     def test_what_is_known_is_not_sent_again(self) -> None:
         for target in ("/", "/moshez", *(f"/moshez?format={name}" for name in fingerd.FORMATS)):
@@ -2106,6 +2140,26 @@ class PrivateTest(SharedCase):
         self.assertEqual(self.rpc().getUser("moshez"), "Happy and well")
         for name in fingerd.FORMATS:
             self.assertEqual(self.get(f"/moshez?format={name}").status, 200)
+
+    ORIGIN = "access-control-allow-origin"
+
+    def test_pages_elsewhere_may_read_a_public_page(self) -> None:
+        for target in ("/", "/moshez", "/moshez?format=json", "/nobody", "/moshez?format=atom"):
+            page = self.get(target, "Origin: https://elsewhere.example")
+            self.assertEqual(page.headers.get(self.ORIGIN), "*", target)
+            known = self.get(target, f"If-None-Match: {page.headers['etag']}")
+            self.assertEqual(known.headers.get(self.ORIGIN), "*", target)
+            asked = self.get(target, "Access-Control-Request-Method: GET", method="OPTIONS")
+            self.assertEqual((asked.status, asked.body), (204, b""))
+            self.assertEqual(asked.headers.get(self.ORIGIN), "*")
+            self.assertEqual(asked.headers["access-control-allow-methods"], "GET, HEAD")
+            self.assertNotIn("content-length", asked.headers)
+
+    def test_no_page_elsewhere_may_read_calls(self) -> None:
+        for method in ("OPTIONS", "POST", "GET"):
+            answer = self.get("/RPC2", method=method, body=CALL)
+            self.assertNotIn(self.ORIGIN, answer.headers, method)
+        self.assertNotIn(self.ORIGIN, self.get("/", method="POST", body=CALL).headers)
 
     def test_absolute_links_lead_to_the_public_url(self) -> None:
         feed = self.get("/moshez?format=atom")
