@@ -28,6 +28,11 @@ import sys
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     del sys.path[0]  # the script's directory: a module that somebody else put there must not run
 
+try:
+    import http.server
+    import xmlrpc.server
+except ModuleNotFoundError as problem:
+    sys.exit(f"fingerd: {problem}; a whole Python is needed (Debian: python3, not python3-minimal)")
 import argparse
 import base64
 import collections
@@ -41,7 +46,6 @@ import hashlib
 import heapq
 import html
 import http
-import http.server
 import importlib
 import itertools
 import json
@@ -65,7 +69,6 @@ import time
 import urllib.parse
 import xml.parsers.expat
 import xmlrpc.client
-import xmlrpc.server
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 __version__ = "1.0"
@@ -3008,6 +3011,23 @@ class FloodFilter(logging.Filter):
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
 
 
+def is_journal() -> bool:
+    """Whether stderr is connected to systemd's journal: see $JOURNAL_STREAM in systemd.exec(5)."""
+    if not sys.stderr:
+        return False
+    status = os.fstat(sys.stderr.fileno())
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+class JournalFormatter(logging.Formatter):
+    """Formats lines for the journal: a priority, as in sd-daemon(3), in the place of the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, and the lines of the traceback if there is one."""
+        priority = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>"}.get(record.levelname, "<3>")
+        return priority + super().format(record).replace("\n", f"\n{priority}")
+
+
 class LogWriter(logging.Handler):
     """Writes log lines to a descriptor in a thread of its own, so that no other thread waits.
 
@@ -3082,23 +3102,25 @@ def listen(name: str, address: Address) -> socket.socket:
         raise StartError(f"cannot listen on {address}: {words} (see --{name})") from None
 
 
-def inherited_listeners(environ: Mapping[str, str]) -> dict[str, socket.socket]:
+def inherited_listeners(environ: Mapping[str, str]) -> dict[str, list[socket.socket]]:
     """The listeners that systemd passes, by the server's name: see sd_listen_fds(3)."""
+    listeners: dict[str, list[socket.socket]] = {}
     if environ.get("LISTEN_PID") != str(os.getpid()):
-        return {}
+        return listeners
     names = environ.get("LISTEN_FDNAMES", "").split(":")
-    listeners = {}
     count = environ.get("LISTEN_FDS", "0")
     for number in range(int(count) if count.isdigit() else 0):
         name = names[number] if number < len(names) else ""
-        if name not in DEFAULT_ADDRESSES or name in listeners:
-            wanted = ", ".join(DEFAULT_ADDRESSES)
-            raise StartError(f"LISTEN_FDNAMES: one each of {wanted}, not {name!a}")
+        if name not in DEFAULT_ADDRESSES:
+            raise StartError(f"LISTEN_FDNAMES: {name!a} is none of {', '.join(DEFAULT_ADDRESSES)}")
         try:
-            listeners[name] = socket.socket(fileno=3 + number)
+            listener = socket.socket(fileno=3 + number)
         except OSError as problem:
             raise StartError(f"LISTEN_FDS: {name}: {problem.strerror}") from None
-        listeners[name].set_inheritable(False)
+        if listener.family == socket.AF_UNIX or listener.type != socket.SOCK_STREAM:
+            raise StartError(f"LISTEN_FDS: {name}: not a TCP socket")
+        listener.set_inheritable(False)
+        listeners.setdefault(name, []).append(listener)
     return listeners
 
 
@@ -3120,6 +3142,14 @@ def find_identity(run_as: str) -> tuple[int, int]:
         return uid, uid if user.isdigit() else pwd.getpwnam(user).pw_gid
     except (KeyError, ValueError):
         raise StartError(f"--run-as: no such user or group: {run_as!a}") from None
+
+
+def account_name(uid: int) -> str:
+    """The name of the account, or its number if it has no name."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def drop_privileges(uid: int, gid: int) -> None:
@@ -3342,8 +3372,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("where to listen").add_argument
     for name, default in DEFAULT_ADDRESSES.items():
         kind = parse_setter if name == "setter" else parse_address
-        text = f"address of the {name} server (default: {default})"
-        add(f"--{name}", metavar="ADDRESS", type=kind, default=default, help=text)
+        text = f"address of the {name} server (default: {default}); repeatable"
+        add(f"--{name}", metavar="ADDRESS", type=kind, action="append", help=text)
     add = parser.add_argument_group("what to answer").add_argument
     add("--private", action="store_true", help="refuse listings; answer only for named users")
     text = "a name of this machine, as in `finger user@NAME`; repeatable"
@@ -3358,14 +3388,21 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     text = "drop root privileges to this user (default: 1:1)"
     add("--run-as", metavar="USER[:GROUP]", help=text)
     add_irc_options(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, default in DEFAULT_ADDRESSES.items():
+        addresses = getattr(options, name) or [parse_address(default)]
+        if None in addresses and len(addresses) > 1:
+            parser.error(f"argument --{name}: off together with another address")
+        setattr(options, name, [address for address in addresses if address])
+    return options
 
 
 @contextlib.contextmanager
 def logging_to_stderr(verbose: bool) -> Iterator[None]:
     """Log to stderr while the block runs; nowhere if stderr is closed."""
     handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JournalFormatter() if is_journal() else plain)
     handler.addFilter(FloodFilter())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -3392,18 +3429,17 @@ def check(source: FileSource | UrlSource) -> int:
     return 1 if problems else 0
 
 
-def bind(options: argparse.Namespace) -> dict[str, socket.socket]:
-    """The listener of each server that is not off, by the server's name."""
+def bind(options: argparse.Namespace) -> dict[str, list[socket.socket]]:
+    """The listeners of each server, by the server's name; those of systemd replace the options."""
     listeners = inherited_listeners(os.environ)
     for name in DEFAULT_ADDRESSES:
-        address = getattr(options, name)
-        if name not in listeners and address:
-            listeners[name] = listen(name, address)
-    for name, listener in listeners.items():
-        address = Address(*listener.getsockname()[:2])
-        log.info("%s listening on %s", name, address)
-        if name == "setter" and not re.match(r"127\.|::1$", plain_address(address)):
-            log.warning("anybody who can reach %s can set anybody's message", address)
+        if name not in listeners:
+            listeners[name] = [listen(name, address) for address in getattr(options, name)]
+        for listener in listeners[name]:
+            address = Address(*listener.getsockname()[:2])
+            log.info("%s listening on %s", name, address)
+            if name == "setter" and not re.match(r"127\.|::1$", plain_address(address)):
+                log.warning("anybody who can reach %s can set anybody's message", address)
     return listeners
 
 
@@ -3418,7 +3454,7 @@ def state_path(options: argparse.Namespace, root: bool) -> pathlib.Path | None:
     return pathlib.Path(os.environ.get("STATE_DIRECTORY", "").split(":")[0] or folder, name)
 
 
-def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.socket]) -> Policy:
+def make_policy(options: argparse.Namespace, finger: list[socket.socket]) -> Policy:
     """The part of the options that decides answers."""
     own = socket.gethostname()
     names = ["localhost", own, own.partition(".")[0], *options.hostname]
@@ -3426,7 +3462,7 @@ def make_policy(options: argparse.Namespace, listeners: Mapping[str, socket.sock
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=options.hostname[0] if options.hostname else own,
-        finger_port=listeners["finger"].getsockname()[1] if "finger" in listeners else 0,
+        finger_port=finger[0].getsockname()[1] if finger else 0,
         public_url=options.public_url or "",
     )
 
@@ -3451,7 +3487,7 @@ def build_services(options: argparse.Namespace) -> Services:
     if options.run_as and not identity:
         raise StartError("--run-as: only root can become somebody else")
     listeners, irc = bind(options), irc_options(options)
-    policy = make_policy(options, listeners)
+    policy = make_policy(options, listeners["finger"])
     path, store = state_path(options, bool(identity)), StatusStore()
     if path:
         path = state_folder(path.parent, not options.state, identity) / path.name
@@ -3463,17 +3499,17 @@ def build_services(options: argparse.Namespace) -> Services:
     try:
         reloader.load()
     except UsersError as problem:
-        hint = " (the service runs as somebody else: see --run-as)" if identity else ""
-        raise StartError(f"{problem}{hint}") from None
+        if not (identity and isinstance(problem.__context__, PermissionError)):
+            raise
+        account = f"{account_name(identity[0])} (uid {identity[0]})"
+        raise StartError(f"{problem} for {account}: see --run-as") from None
     if path:
         restore_messages(store, path, is_default=not options.state)
-    servers: list[Server] = []
-    if "finger" in listeners:
-        servers.append(FingerServer(listeners["finger"], store, policy))
-    if "setter" in listeners:
-        servers.append(SetterServer(listeners["setter"], store, reloader.refresh))
-    if "web" in listeners:
-        servers.append(WebServer(listeners["web"], store, policy))
+    servers: list[Server] = [
+        *(FingerServer(listener, store, policy) for listener in listeners["finger"]),
+        *(SetterServer(listener, store, reloader.refresh) for listener in listeners["setter"]),
+        *(WebServer(listener, store, policy) for listener in listeners["web"]),
+    ]
     return Services(store, reloader, servers, bot)
 
 
@@ -3536,7 +3572,10 @@ def limit_connections(servers: list[Server], descriptors: int) -> None:
 def run(options: argparse.Namespace) -> None:
     """Run the service until a signal ends it."""
     descriptors = raise_descriptor_limit()
-    services = build_services(options)
+    try:
+        services = build_services(options)
+    except OSError as problem:
+        raise StartError(f"cannot start: {problem.strerror or problem}") from None
     limit_connections(services.servers, descriptors)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads that are started later inherit it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process, like SIGTERM
@@ -3554,7 +3593,7 @@ def main(arguments: list[str] | None = None) -> int:
         with logging_to_stderr(options.verbose):
             run(options)
     except (StartError, UsersError, NotKept) as problem:
-        print(f"fingerd: {problem}", file=sys.stderr)
+        print(f"{'<3>' if is_journal() else ''}fingerd: {problem}", file=sys.stderr)
         return 1
     return 0
 

@@ -218,10 +218,10 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def refused(port: int) -> bool:
+def refused(port: int, host: str = "127.0.0.1") -> bool:
     """Whether nobody listens on `port`."""
     try:
-        connect(port).close()
+        connect(port, host=host).close()
     except OSError:
         return True
     return False
@@ -2331,27 +2331,66 @@ class CommandLineTest(Case):
         for path in (self.users(), HERE / "users.example"):
             self.assertEqual(run([*PROGRAM, "--check", str(path)]), (0, [], []))
 
-    def test_version_help_and_wrong_options(self) -> None:
+    def test_version_and_help(self) -> None:
         self.assertRegex(run([*PROGRAM, "--version"])[1][0], r"\Afingerd [0-9.]+\Z")
         status, out, _ = run([*PROGRAM, "--help"])
         self.assertEqual(status, 0)
-        for word in ("--finger", "--setter", "--web", "--interval", "--private", "--hostname",
-                     "--check", "--version", "--verbose", "exit status", "examples"):  # fmt: skip
+        for word in ("USERS", "--finger ADDRESS", "repeatable", "examples:", "exit status:"):
             self.assertIn(word, "\n".join(out))
-        for wrong in ("", "--finger x:y:z u", "--web 65536 u", "--nothing u", "--interval 0 u",
-                      "--interval nan u", "--public-url ftp://x u", "u u"):  # fmt: skip
-            with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()):
-                fingerd.parse_args(wrong.split())
-            self.assertEqual(caught.exception.code, 2, wrong)
+
+    def test_wrong_options(self) -> None:
+        for wrong, problem in (
+            ("", "required: USERS"),
+            ("u u", "unrecognized arguments: u"),
+            ("--nothing u", "unrecognized arguments: --nothing"),
+            ("--finger x:y:z u", "--finger: 'x:y:z' is not PORT"),
+            ("--web 65536 u", "--web: '65536' is not PORT"),
+            ("--web off --web 8000 u", "--web: off together with another address"),
+            ("--setter 1079 --setter off u", "--setter: off together with another address"),
+            ("--interval 0 u", "--interval: invalid seconds value: '0'"),
+            ("--interval nan u", "--interval: invalid seconds value: 'nan'"),
+            ("--public-url ftp://x u", "--public-url: 'ftp://x' is not an http"),
+        ):
+            with self.subTest(wrong):
+                err = io.StringIO()
+                with self.assertRaises(SystemExit) as caught, contextlib.redirect_stderr(err):
+                    fingerd.parse_args(wrong.split())
+                self.assertEqual(caught.exception.code, 2)
+                self.assertIn(problem, err.getvalue())
 
     def test_addresses(self) -> None:
-        for text, wanted in (("79", ("", 79)), ("127.0.0.1:0", ("127.0.0.1", 0)), ("off", None),
-                             ("[::1]:79", ("::1", 79)), ("a.b:8", ("a.b", 8))):  # fmt: skip
+        for text, wanted in (
+            ("79", ("", 79)),
+            ("127.0.0.1:0", ("127.0.0.1", 0)),
+            ("off", None),
+            ("[::1]:79", ("::1", 79)),
+            ("a.b:8", ("a.b", 8)),
+        ):
             self.assertEqual(fingerd.parse_address(text), wanted)
         self.assertEqual(fingerd.parse_setter("1079"), ("127.0.0.1", 1079))
         for text in ("", "x", ":79", "::1:79", "[::1]", "a:b:1", "1:65536", "-1", "79 ", "\u0667"):
             with self.subTest(text), self.assertRaises(fingerd.argparse.ArgumentTypeError):
                 fingerd.parse_address(text)
+        options = fingerd.parse_args(["--finger=79", "--finger=[::1]:80", "--setter=off", "u"])
+        self.assertEqual(options.finger, [("", 79), ("::1", 80)])
+        self.assertEqual((options.setter, options.web), ([], [("", 8000)]))
+
+    def test_a_server_may_have_several_addresses(self) -> None:
+        for server, port_of in (
+            ("finger", b"moshez\r\n"),
+            ("setter", b"a\nb\n"),
+            ("web", request()),
+        ):
+            with self.subTest(server):
+                option = f"--{server}"
+                words = (option, "127.0.0.1:0", option, "127.0.0.2:0")
+                service = self.launch(USERS, *words)
+                lines = [line for line in service.log if f"{server} listening on" in line]
+                places = [line.rpartition(" ")[2].split(":") for line in lines]
+                self.assertEqual([host for host, _ in places], ["127.0.0.1", "127.0.0.2"])
+                for host, port in places:
+                    self.assertRegex(ask(int(port), port_of, host=host), b"Happy|OK")
+                self.assertEqual((service.stop(), service.complaints()), (0, []))
 
     def test_a_taken_port_is_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -2365,14 +2404,26 @@ class CommandLineTest(Case):
         file.chmod(0)
         inside.parent.chmod(0)
         self.addCleanup(inside.parent.chmod, 0o700)
-        for users, problem in ((file, f"{file}: Permission denied"),
-                               (inside, f"{inside.parent}: Permission denied"),
-                               ("/nowhere/at/all/users", "/nowhere: No such file"),
-                               ("/dev/null", "not a regular file")):  # fmt: skip
+        hint = rf" for {pwd.getpwuid(1).pw_name} \(uid 1\): see --run-as" if ROOT else ""
+        for users, problem in (
+            (file, f"{file}: Permission denied{hint}"),
+            (inside, f"{inside.parent}: Permission denied{hint}"),
+            ("/nowhere/at/all/users", "/nowhere: No such file or directory"),
+            ("/dev/null", "/dev/null: not a regular file"),
+        ):
             with self.subTest(users):
-                hint = ".*--run-as" if ROOT else ""  # by default it becomes somebody else
-                self.refuses_to_start(command(users, run_as=""), problem + hint)
+                self.refuses_to_start(command(users, run_as=""), problem + "$")
         self.assertEqual(run([*PROGRAM, "--check", "/nowhere/users"])[:2], (1, []))
+
+    def test_too_few_descriptors_are_one_line(self) -> None:
+        words = command(self.users(), program=("sh", "-c", 'ulimit -n 12; exec "$@"', *PROGRAM))
+        words.insert(3, "sh")
+        self.refuses_to_start(words, "cannot start: Too many open files")
+
+    def test_a_python_without_half_its_library_is_one_line(self) -> None:
+        code = "import runpy, sys; sys.modules['http'] = None; runpy.run_path({!r})"
+        words = [sys.executable, "-c", code.format(str(FINGERD))]
+        self.refuses_to_start(words, "http.*Debian: python3, not python3-minimal")
 
     def test_it_says_what_listens_where(self) -> None:
         service = self.launch(USERS, "--web", "off")
@@ -4607,6 +4658,25 @@ class StopTest(Case):
         )
         return [sock.getsockname()[1] for sock in listeners], service
 
+    @needs("systemd-socket-activate")
+    def test_systemd_may_pass_several_sockets_of_a_name(self) -> None:
+        hosts = ["127.0.0.1", "::1" if socket.has_dualstack_ipv6() else "127.0.0.2", "127.0.0.3"]
+        places = [(host, free_port()) for host in hosts]
+        users = self.folder() / "users"
+        put(users, USERS)
+        listen = [f"--listen={fingerd.Address(*place)}" for place in places]
+        program = ("systemd-socket-activate", *listen, "--fdname=finger:finger:web", *PROGRAM)
+        words = command(users, program=program)
+        process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        until(lambda: not any(refused(port, host) for host, port in places))
+        for host, port in places[:2]:
+            self.assertEqual(ask(port, b"moshez\r\n", host=host), HAPPY)
+        self.assertEqual(fetch(places[2][1], host=hosts[2]).status, 200)
+        process.terminate()
+        self.assertEqual(process.wait(DEADLINE), 0)
+
     def test_socket_activation_loses_nobody_in_a_restart(self) -> None:
         manager = self.keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         manager.settimeout(DEADLINE)
@@ -4777,6 +4847,13 @@ class ReplicasTest(Case):
 # ---- odd surroundings --------------------------------------------------------------------------
 
 
+JOURNAL = """import os, runpy, sys
+status = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")"""
+
+
 class SurroundingsTest(Case):
     """The same answers, wherever and however it is started."""
 
@@ -4882,6 +4959,15 @@ class SurroundingsTest(Case):
         self.assertEqual(ask(port, b"moshez\r\n"), HAPPY)
         process.terminate()
         self.assertEqual(process.wait(DEADLINE), 0)
+
+    def test_lines_for_the_journal_carry_a_priority_and_no_time(self) -> None:
+        service = self.launch("oops\n", program=(sys.executable, "-c", JOURNAL, str(FINGERD)))
+        self.assertRegex(service.log[-1], "^<6>ready$")
+        self.assertIn("<4>", "".join(line for line in service.log if "no colon" in line))
+        record = logging.makeLogRecord({"levelname": "ERROR", "msg": "one\ntwo"})
+        self.assertEqual(fingerd.JournalFormatter().format(record), "<3>one\n<3>two")
+        words = [sys.executable, "-c", JOURNAL, str(FINGERD), "/nowhere", "--state=off"]
+        self.assertRegex(run(words)[2][-1], "<3>fingerd: /nowhere: No such")
 
     def test_dropped_log_lines_are_counted(self) -> None:
         self.patch(LOG_LINES=10)
