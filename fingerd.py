@@ -137,7 +137,7 @@ LOG_SECONDS = 0.5  # the wait for stderr to take these lines when the service st
 IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # a line, and the tags before it (IRCv3)
 IRC_HOST_BYTES = 63  # assumed length of our own host name until the server shows it
 IRC_NICK_BYTES = 9  # nicks of this length are allowed everywhere (RFC 2812, section 1.2.1)
-IRC_CHANNELS_BYTES = 400  # all channels, separated by commas, so that one JOIN holds them
+IRC_CHANNELS_BYTES = 400  # all channels and keys with commas between, so that one JOIN holds them
 IRC_SASL_BYTES = 400  # base64 in one AUTHENTICATE
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent
@@ -798,6 +798,12 @@ def fold_irc(name: str, casemapping: str) -> str:
     return name.lower().translate(str.maketrans(upper, lower))
 
 
+def is_person(source: str) -> bool:
+    """Whether a source is no server, bouncer (`*status`), network service or other fingerd."""
+    services = r"[^!]*Serv!|[^!]*!c?services?@|[^@]*@(services|CServe)\."
+    return not re.match(rf"[^!]*$|[*-]|{services}|[^!]*!~?fingerd@", source)
+
+
 def cut_bytes(text: str, size: int) -> str:
     """The longest start of `text` that takes at most `size` bytes in UTF-8."""
     return text.encode("utf-8", "replace")[: max(size, 0)].decode("utf-8", "ignore")
@@ -824,13 +830,11 @@ def sasl_plain(account: str, password: str) -> list[str]:
 
 def mask(text: str, secrets: set[str]) -> str:
     """`text` with *** for each secret, and for each word of 8 or more characters inside one."""
-    for secret in sorted(secrets, key=len, reverse=True):
+    words = re.findall(r"[\w+/=]{8,}", text)
+    pieces = {word for word in words if any(word in secret for secret in secrets)}
+    for secret in sorted(secrets | pieces, key=len, reverse=True):
         text = text.replace(secret, "***")
-
-    def hide(word: re.Match[str]) -> str:
-        return "***" if any(word[0] in secret for secret in secrets) else word[0]
-
-    return re.sub(r"[\w+/=]{8,}", hide, text)
+    return text
 
 
 def reconnect_delay(attempt: int, jitter: float) -> float:
@@ -1655,14 +1659,26 @@ class IrcOptions(NamedTuple):
     port: int
     tls: bool = True
     nick: str = "fingerbot"
-    channels: tuple[str, ...] = ()
+    channels: tuple[str, ...] = ()  # each a name, or a name, a blank and a key
     account: str = ""
-    password: str = ""  # of the account; without an account, of the server
+    password: str = ""  # of the account; without one, or with a certificate, of the server
+    certificate: str = ""  # a PEM file with our certificate and its key
     fingerprint: str = ""  # SHA-256 of the only certificate to trust, in hexadecimal
 
 
 class IrcFailure(ConnectionError):
     """The connection cannot continue; the text is the reason, for the log."""
+
+
+class IrcChannel:
+    """A channel that the bot is meant to be in."""
+
+    def __init__(self, text: str) -> None:
+        self.name, _, self.key = text.partition(" ")
+        self.joined = False
+        self.due = 0.0  # the time of the next attempt to join
+        self.pause = IRC_SILENCE_SECONDS  # from that attempt to the one after it
+        self.refusals: set[str] = set()  # the numerics that were logged
 
 
 class IrcSession:
@@ -1676,8 +1692,13 @@ class IrcSession:
         self, options: IrcOptions, store: StatusStore, nick_tail: str, report: Callable[[str], None]
     ) -> None:
         self.options, self.store, self.report = options, store, report
-        chunks = sasl_plain(options.account, options.password)
-        secrets = {options.password, *chunks, "".join(chunks)} if options.password else ()
+        channels = map(IrcChannel, options.channels)
+        self.channels = sorted(channels, key=lambda channel: not channel.key)  # as JOIN wants them
+        plain = options.account and not options.certificate
+        self.mechanism = "PLAIN" if plain else "EXTERNAL"
+        self.payload = sasl_plain(options.account, options.password) if plain else ["+"]
+        secrets = [options.password, *self.payload, "".join(self.payload)]
+        secrets += [channel.key for channel in self.channels]
         self.secrets = {clean(secret) for secret in secrets} - {"", "+"}
         self.now = self.started = self.heard = 0.0
         self.registered = 0.0  # the time of registration; 0 before
@@ -1690,7 +1711,7 @@ class IrcSession:
         self.nick_due = math.inf  # the time to ask for the wanted nick again
         self.mask = f"~fingerd@{'x' * IRC_HOST_BYTES}"  # our user@host; at first the longest one
         self.casemapping = "rfc1459"
-        self.joined: set[str] = set()  # folded
+        self.forwarded = False  # if True, our next JOIN may be for another channel
         self.version = 0  # the version of the store that was announced last
         self.askers: dict[str, tuple[int, float]] = {}  # user@host: queries, end of the count
         # Lines to send, each with the time after which it is dropped.
@@ -1702,7 +1723,7 @@ class IrcSession:
     def begin(self, now: float) -> None:
         """Start the registration."""
         self.now = self.started = now
-        if self.options.password and not self.options.account:
+        if self.options.password and self.payload == ["+"]:
             self.send("PASS", self.options.password)
         self.send("CAP", "LS", "302")
         self.send("NICK", self.nick)
@@ -1715,6 +1736,8 @@ class IrcSession:
         line = parse_irc_line(raw)
         if "!" in line.source and self.is_me(line.nick):
             self.mask = line.source.partition("!")[2]
+        if re.fullmatch("[459][0-9]{2}", line.command):
+            self.note_refusal(line)
         handler = getattr(self, f"on_{line.command}", None)
         if handler:
             handler(line)
@@ -1727,8 +1750,10 @@ class IrcSession:
             self.nick_due = now + IRC_SILENCE_SECONDS
             if not self.is_me(self.wanted_nick):
                 self.send("NICK", self.wanted_nick)
+        if self.registered:
+            self.join()
         # While lines wait, changes wait too: later they are one burst, not a longer queue.
-        if self.joined and not self.queue:
+        if any(channel.joined for channel in self.channels) and not self.queue:
             self.announce()
 
     def check_silence(self) -> None:
@@ -1741,10 +1766,6 @@ class IrcSession:
         elif self.now >= self.heard + IRC_SILENCE_SECONDS:
             self.pinged = self.now
             self.send("PING", "fingerd")
-
-    def settled(self, now: float) -> bool:
-        """Whether the connection has lasted long enough to count as a success."""
-        return 0 < self.registered <= now - IRC_SETTLED_SECONDS
 
     def take(self, now: float) -> bytes:
         """The lines that may be sent now, at the pace of RFC 1459, section 8.10."""
@@ -1760,9 +1781,10 @@ class IrcSession:
         self.queue.append((math.inf, format_irc_line(command, *params)))
 
     def say(self, command: str, target: str, text: str) -> None:
-        """Queue a text, cut so that the line fits when the server sends it on."""
+        """Queue a text, cut to fit the line of the server, without what other bots obey."""
         rest = f":{self.nick}!{self.mask} {command} {target} :\r\n"
-        text = cut_bytes(text.lstrip("! "), IRC_LINE_BYTES - len(rest.encode()))
+        text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
+        text = cut_bytes(text, IRC_LINE_BYTES - len(rest.encode()))
         if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
             line = format_irc_line(command, target, text)
             self.queue.append((self.now + IRC_STALE_SECONDS, line))
@@ -1773,8 +1795,10 @@ class IrcSession:
     def is_me(self, nick: str) -> bool:
         return self.fold(nick) == self.fold(self.nick)
 
-    def is_ours(self, channel: str) -> bool:
-        return self.fold(channel) in map(self.fold, self.options.channels)
+    def channel(self, name: str) -> IrcChannel | None:
+        """The configured channel of this name."""
+        name = self.fold(name)
+        return next((known for known in self.channels if self.fold(known.name) == name), None)
 
     def quote(self, *words: str) -> str:
         """The server's words for the log; secrets that it repeats are masked."""
@@ -1796,7 +1820,7 @@ class IrcSession:
         elif verb == "NAK" and "sasl" in caps:
             raise IrcFailure("the server refuses SASL")
         elif verb == "ACK" and "sasl" in caps:
-            self.send("AUTHENTICATE", "PLAIN")
+            self.send("AUTHENTICATE", self.mechanism)
         elif verb in ("ACK", "NAK") and not self.registered:
             self.send("CAP", "END")
 
@@ -1805,12 +1829,12 @@ class IrcSession:
         useful = {"message-tags", "sasl"} if self.options.account else {"message-tags"}
         for cap in caps:
             name, _, mechanisms = cap.partition("=")
-            if name in useful and (not mechanisms or "PLAIN" in mechanisms):
+            if name in useful and (not mechanisms or self.mechanism in mechanisms):
                 self.offered_caps.add(name)
         if caps[:1] == ["*"]:
             return
         if "sasl" in useful - self.offered_caps:
-            raise IrcFailure("the server offers no SASL PLAIN")
+            raise IrcFailure(f"the server offers no SASL {self.mechanism}")
         if self.offered_caps:
             self.send("CAP", "REQ", " ".join(sorted(self.offered_caps)))
         else:
@@ -1818,7 +1842,7 @@ class IrcSession:
 
     def on_AUTHENTICATE(self, line: IrcLine) -> None:
         if self.options.account and line.param(0) == "+":
-            for chunk in sasl_plain(self.options.account, self.options.password):
+            for chunk in self.payload:
                 self.send("AUTHENTICATE", chunk)
 
     def on_903(self, line: IrcLine) -> None:
@@ -1861,8 +1885,7 @@ class IrcSession:
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
         self.report(f"registered as {self.quote(self.nick)}")
-        if self.options.channels:
-            self.send("JOIN", ",".join(self.options.channels))
+        self.join()
 
     def on_005(self, line: IrcLine) -> None:
         for token in line.params[1:]:
@@ -1883,34 +1906,74 @@ class IrcSession:
         if self.is_me(line.nick):
             self.nick = line.param(0)
 
+    def join(self) -> None:
+        """Ask for the channels that are due, those with a key first."""
+        due = [c for c in self.channels if not c.joined and c.due <= self.now]
+        for channel in due:
+            channel.due = self.now + channel.pause
+            channel.pause = min(2 * channel.pause, IRC_LONGEST_RETRY_SECONDS)
+        if due:
+            keys = ",".join(channel.key for channel in due if channel.key)
+            self.send("JOIN", ",".join(channel.name for channel in due), *filter(None, [keys]))
+
     def on_JOIN(self, line: IrcLine) -> None:
-        if self.is_me(line.nick) and self.is_ours(line.param(0)):
-            self.joined.add(self.fold(line.param(0)))
-            self.report(f"joined {self.quote(line.param(0))}")
+        """We are in a channel. One that the server forwarded us to is left."""
+        name, channel = line.param(0), self.channel(line.param(0))
+        if not self.is_me(line.nick):
+            return
+        if channel:
+            channel.joined, channel.pause = True, IRC_SILENCE_SECONDS
+            channel.refusals.clear()
+            self.report(f"joined {channel.name}")
+        elif self.forwarded:
+            self.send("PART", name)
+            self.report(f"forwarded to {self.quote(name)}; leaving it")
+        self.forwarded = False
 
-    def on_471(self, line: IrcLine) -> None:
-        if self.is_ours(line.param(1)):
-            self.report(f"cannot join: {self.quote(*line.params)}")
+    def on_470(self, line: IrcLine) -> None:
+        self.forwarded = True
 
-    on_403 = on_405 = on_473 = on_474 = on_475 = on_476 = on_477 = on_489 = on_471
+    def note_refusal(self, line: IrcLine) -> None:
+        """Log the first error of each kind about one of our channels; `join` will try again."""
+        channel = self.channel(line.param(1))
+        if channel and line.command not in channel.refusals:
+            channel.refusals.add(line.command)
+            reason = self.quote(*line.params[2:])
+            self.report(f"{channel.name} refuses us ({line.command}): {reason}")
 
-    def on_KICK(self, line: IrcLine) -> None:
-        if self.is_me(line.param(1)):
-            self.joined.discard(self.fold(line.param(0)))
-            self.report(f"kicked: {self.quote(*line.params)}")
+    def on_PART(self, line: IrcLine) -> None:
+        """Somebody made us leave: by PART for a while, by KICK until an INVITE or reconnection."""
+        kicked = line.command == "KICK"
+        channel = self.channel(line.param(0))
+        if channel and self.is_me(line.param(1) if kicked else line.nick):
+            channel.joined = False
+            channel.due = math.inf if kicked else self.now + IRC_SILENCE_SECONDS
+            words = self.quote(line.source, line.command, *line.params)
+            when = "after an INVITE" if kicked else f"in {IRC_SILENCE_SECONDS:.0f} s"
+            self.report(f"out of {channel.name} ({words}); next attempt {when}")
+
+    on_KICK = on_PART
+
+    def on_INVITE(self, line: IrcLine) -> None:
+        """Follow an invitation to a configured channel, and no other."""
+        channel = self.channel(line.param(1))
+        if channel and self.is_me(line.param(0)) and self.within_limit(line):
+            channel.due = self.now
 
     def on_PRIVMSG(self, line: IrcLine) -> None:
         """Reply to a person who writes to us, or in a channel that we have joined."""
         target, text = line.param(0), line.param(1)
-        private, joined = self.is_me(target), self.fold(target) in self.joined
+        private, channel = self.is_me(target), self.channel(target)
         is_bot = any(tag.rpartition("/")[2] == "bot" for tag in line.tags)
-        if "!" not in line.source or self.is_me(line.nick) or is_bot or not (private or joined):
+        if is_bot or self.is_me(line.nick) or not is_person(line.source):
+            return
+        if not private and not (channel and channel.joined):
             return
         if text.startswith("\x01"):
             command, reply = "NOTICE", ctcp_reply(text) if private else ""
         else:
             command, reply = "PRIVMSG", self.finger_reply(text, private)
-        if reply and self.within_limit(line.source.partition("!")[2]):
+        if reply and self.within_limit(line):
             self.say(command, line.nick if private else target, reply)
 
     def finger_reply(self, text: str, private: bool) -> str:
@@ -1922,13 +1985,15 @@ class IrcSession:
             name = rest.strip()
         elif not private:
             return ""
-        if not name:
+        # Not queries: an empty line, the reply of another fingerd, and what ZNC plays back.
+        if name in ("", NO_SUCH_USER) or re.search(r"\[\d\d:\d\d:\d\d\]", text):
             return ""
         status = self.store.get(name)
         return f"{name[:MAX_NAME]}: {status.text if status else NO_SUCH_USER}"
 
-    def within_limit(self, asker: str) -> bool:
+    def within_limit(self, line: IrcLine) -> bool:
         """Count a query; False for one too many in a minute, and then for IRC_IGNORE_SECONDS."""
+        asker = line.source.partition("!")[2]
         count, until = self.askers.pop(asker, (0, 0.0))
         if self.now >= until:
             count, until = 0, self.now + 60
@@ -1948,10 +2013,11 @@ class IrcSession:
         latest = {change.user: change.text for change in changes}
         lines = [f"{user}: {text}" for user, text in latest.items()]
         if len(lines) > IRC_ANNOUNCED:
-            lines[IRC_ANNOUNCED:] = [f"... and {len(lines) - IRC_ANNOUNCED} more"]
+            lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
         for line in lines:
-            for channel in sorted(self.joined):
-                self.say("PRIVMSG", channel, line)
+            for channel in self.channels:
+                if channel.joined:
+                    self.say("PRIVMSG", channel.name, line)
 
 
 # ================================================================================================
@@ -2832,13 +2898,23 @@ class Reloader(threading.Timer):
 # ---- IRC -------------------------------------------------------------------------------------
 
 
-def irc_tls(fingerprint: str) -> ssl.SSLContext:
+class StartError(Exception):
+    """The service cannot start; the text is the reason, in one line."""
+
+
+def irc_tls(options: IrcOptions) -> ssl.SSLContext:
     """A context that trusts the system's authorities, or, if there is a fingerprint, anybody."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if fingerprint:
+    if options.fingerprint:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    if options.certificate:
+        try:
+            context.load_cert_chain(options.certificate, password="")  # so that nobody is asked
+        except (OSError, ValueError) as problem:
+            need = "no PEM file with a certificate and its key, without a password"
+            raise StartError(f"--irc-certificate: {need}: {problem}") from None
     return context
 
 
@@ -2859,30 +2935,27 @@ class IrcDialer(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.look_up()
             sock = self.connect()
             self.sock = self.secure(sock, self.tls) if self.tls else sock
             self.problem = ""
         except IrcFailure as problem:
             self.problem = str(problem)
 
-    def look_up(self) -> None:
+    def connect(self) -> socket.socket:
+        """A connection to the first address that accepts one. They share the time equally."""
         host, port = self.options.host, self.options.port
         try:
             self.addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as problem:
             raise IrcFailure(f"cannot look up {host}: {problem}") from None
-
-    def connect(self) -> socket.socket:
-        """A connection to the first address that accepts one. They share the time equally."""
         share = IRC_CONNECT_SECONDS / len(self.addresses)
         for *_, address in self.addresses:
             try:
-                host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST)  # with the IPv6 scope
-                return socket.create_connection((host, self.options.port), share)
+                number, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST)  # with the scope
+                return socket.create_connection((number, port), share)
             except OSError as error:
-                problem = error.strerror or error
-        raise IrcFailure(f"cannot connect to {self.options.host}: {problem}")
+                reason = error.strerror or error
+        raise IrcFailure(f"cannot connect to {host}: {reason}")
 
     def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
         """TLS over `plain`; raises IrcFailure if that or the certificate is refused."""
@@ -2910,7 +2983,7 @@ class IrcBot(threading.Thread):
     def __init__(self, options: IrcOptions, store: StatusStore) -> None:
         super().__init__(name="irc", daemon=True)
         self.options, self.store = options, store
-        self.tls = irc_tls(options.fingerprint) if options.tls else None
+        self.tls = irc_tls(options) if options.tls else None
         importlib.import_module("encodings.idna")  # for look-ups, before privileges are dropped
         self.dialer: IrcDialer | None = None
         self.stopping = threading.Event()
@@ -2928,7 +3001,7 @@ class IrcBot(threading.Thread):
             tail = os.urandom(2).hex()
             session = IrcSession(self.options, self.store, tail, report)
             problem = self.attempt(session)
-            if session.settled(time.monotonic()):
+            if 0 < session.registered <= time.monotonic() - IRC_SETTLED_SECONDS:
                 failures = 0
             if session.refused:
                 failures = IRC_MANY_FAILURES
@@ -3067,10 +3140,6 @@ class LogWriter(logging.Handler):
             self._lines.put(None, timeout=LOG_SECONDS)
         self._thread.join(LOG_SECONDS)
         super().close()
-
-
-class StartError(Exception):
-    """The service cannot start; the text is the reason, in one line."""
 
 
 DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
@@ -3270,8 +3339,10 @@ def add_irc_options(parser: argparse.ArgumentParser) -> None:
     add("--irc-fingerprint", metavar="SHA256", default="", help=text)
     add("--irc-nick", metavar="NICK", default="fingerbot", help="(default: fingerbot)")
     text = "join this channel and announce changes there; repeatable"
-    add("--irc-channel", metavar="'#NAME'", action="append", default=[], help=text)
+    add("--irc-channel", metavar="'#NAME [KEY]'", action="append", default=[], help=text)
     add("--irc-account", metavar="NAME", default="", help="log in with SASL")
+    text = "PEM file with a certificate and key to log in with, instead of a password"
+    add("--irc-certificate", metavar="FILE", default="", help=text)
     text = "password of the account or server (default: $FINGERD_IRC_PASSWORD)"
     add("--irc-password-file", metavar="FILE", help=text)
 
@@ -3293,23 +3364,23 @@ def check_irc_options(irc: IrcOptions) -> None:
     exposed = not (irc.tls or loopback)
     # A surrogate stands for a byte that is not UTF-8.
     secret = re.search("[\0\r\n\ud800-\udfff]", irc.account + irc.password)
-    channels = [
-        re.fullmatch("[#&+!][^\0-\x20,\x7f\ud800-\udfff]{1,49}", name) for name in irc.channels
-    ]
+    proof = irc.password or irc.certificate
+    digest = re.fullmatch("|[0-9a-f]{64}", irc.fingerprint)
+    word = "[^\0-\x20,\x7f\ud800-\udfff]{1,49}"
+    channels = [re.fullmatch(f"[#&+!]{word}( {word})?", channel) for channel in irc.channels]
     joined = ",".join(irc.channels).encode("utf-8", "replace")
     refused = {
         "--irc: the port must be from 1 to 65535": not 0 < irc.port < 65536,
         # From A to } are the letters, and all else that a nick may begin with.
         "--irc-nick: not a nick": not re.fullmatch("[A-}][A-}0-9-]{0,29}", irc.nick),
-        "--irc-channel: not the name of a channel": not all(channels),
+        "--irc-channel: not '#NAME' or '#NAME KEY'": not all(channels),
         "--irc-channel: too many": len(joined) > IRC_CHANNELS_BYTES,
-        "--irc-account needs a password": irc.account and not irc.password,
+        "--irc-account needs a password or --irc-certificate": irc.account and not proof,
         "--irc-account needs TLS, or a server on this machine": irc.account and exposed,
         "--irc-account: name or password has a control character or is not UTF-8": secret,
-        "--irc-fingerprint: not a SHA-256 in hexadecimal": not re.fullmatch(
-            "|[0-9a-f]{64}", irc.fingerprint
-        ),
+        "--irc-fingerprint: not a SHA-256 in hexadecimal": not digest,
         "--irc-fingerprint needs TLS": irc.fingerprint and not irc.tls,
+        "--irc-certificate needs TLS": irc.certificate and not irc.tls,
     }
     for problem, found in refused.items():
         if found:
@@ -3333,6 +3404,7 @@ def irc_options(options: argparse.Namespace) -> IrcOptions | None:
         channels=tuple(options.irc_channel),
         account=options.irc_account,
         password=irc_password(options.irc_password_file),
+        certificate=options.irc_certificate,
         fingerprint=options.irc_fingerprint.replace(":", "").lower(),
     )
     check_irc_options(irc)

@@ -17,7 +17,8 @@ those with real clients, `python3 test_fingerd.py bench` measures.
     8. real clients   RealClientsTest                             all
     9. IRC            IrcCodecTest, IrcSessionTest,               codecs, answers,
                       IrcOptionsTest, FakeServerTest, TlsTest,    composition, services
-                      NgircdTest, InspircdTest
+                      NgircdTest, InspircdTest,
+                      HybridTest, ZncTest
     10. faults        DurabilityTest, PrivilegesTest,             store, services,
                       HostileTest, FuzzTest, ReloaderTest,        composition
                       StopTest
@@ -2596,8 +2597,8 @@ class Talk:
 
     def register(self, nick: str = "fingerbot") -> Talk:
         self.hear(f":irc.test 001 {nick} :Welcome")
-        for channel in self.session.options.channels:
-            self.hear(f":{nick}!~fingerd@our.host JOIN {channel}")
+        for channel in self.session.channels:
+            self.hear(f":{nick}!~fingerd@our.host JOIN {channel.name}")
         self.said()
         return self.pass_time(60)
 
@@ -2716,6 +2717,28 @@ class IrcCodecTest(Case):
             with self.subTest(mapping=mapping):
                 self.assertEqual(fingerd.fold_irc("A[]\\~", mapping), folded)
 
+    def test_persons_are_told_from_programs(self) -> None:
+        for source, is_person in {
+            "ann!ann@example.org": True,
+            "serv!serv@services-fan.example.org": True,
+            "Server!~user@example.org": True,
+            "irc.test": False,
+            "": False,
+            "*status!znc@znc.in": False,
+            "***!znc@znc.in": False,
+            "-psyBNC!psyBNC@lam3rz.de": False,
+            "BouncerServ!BouncerServ@soju.example": False,
+            "NickServ!NickServ@services.libera.chat": False,
+            "NickServ!services@services.oftc.net": False,
+            "Global!service@rizon.net": False,
+            "X!cservice@undernet.org": False,
+            "Q!TheQBot@CServe.quakenet.org": False,
+            "otherbot!fingerd@example.org": False,
+            "otherbot!~fingerd@example.org": False,
+        }.items():
+            with self.subTest(source):
+                self.assertEqual(fingerd.is_person(source), is_person)
+
     def test_text_is_cut_between_characters(self) -> None:
         for size, cut in [(-1, ""), (0, ""), (1, "a"), (2, "a"), (3, "aé"), (9, "aéé")]:
             self.assertEqual(fingerd.cut_bytes("aéé", size), cut)
@@ -2736,6 +2759,7 @@ class IrcCodecTest(Case):
 class IrcSessionTest(Case):
     def test_registration(self) -> None:
         account = {"account": "finger", "password": "secret"}
+        cert = {"account": "finger", "certificate": "file", "password": "the server's"}
         hello = [":irc.test 001 x :Welcome"]
         for title, options, lines, said in [
             ("ping", {}, ["PING :a b"], ["PONG :a b"]),
@@ -2759,13 +2783,17 @@ class IrcSessionTest(Case):
             ("sasl go", account, ["AUTHENTICATE +"], ["AUTHENTICATE AGZpbmdlcgBzZWNyZXQ="]),
             ("sasl done", account, [":s 903 * :ok"], ["CAP END"]),
             ("sasl unasked", {}, ["AUTHENTICATE +"], []),
+            ("external listed", cert, ["CAP * LS :sasl=PLAIN,EXTERNAL"], ["CAP REQ sasl"]),
+            ("external ack", cert, ["CAP * ACK :sasl"], ["AUTHENTICATE EXTERNAL"]),
+            ("external go", cert, ["AUTHENTICATE +"], ["AUTHENTICATE +"]),
+            ("certificate alone", {"certificate": "x"}, ["CAP * LS :sasl=EXTERNAL"], ["CAP END"]),
             ("taken", {}, [":s 433 * fingerbot :Taken"], ["NICK fingerbo_"]),
             ("taken again", {}, [":s 436 * a :b"] * 2, ["NICK fingerbo_", "NICK fingerb__"]),
             ("wrong", {}, [":s 432 * a :b"] * 2, ["NICK fingerbo", "NICK fingerb"]),
             ("too long", {"nick": "a" * 20}, [":s 432 * a :b"], ["NICK aaaaaaaaa"]),
             ("join", {"channels": ("#a", "#b")}, hello, ["JOIN #a,#b"]),
             ("bot mode", {}, [*hello, ":s 005 x BOT=B :ok"], ["MODE x +B"]),
-            ("invite", {}, [*hello, ":a!b@c INVITE x #d"], []),
+            ("keys", {"channels": ("#a", "#b k", "#c l")}, hello, ["JOIN #b,#c,#a k,l"]),
         ]:
             with self.subTest(title):
                 self.assertEqual(Talk(**options).hear(*lines).said(), said)
@@ -2775,13 +2803,17 @@ class IrcSessionTest(Case):
         self.assertEqual(Talk().hello, ["CAP LS 302", "NICK fingerbot", user])
         self.assertEqual(Talk(password="a b").hello[0], "PASS :a b")
         self.assertEqual(Talk(password="a b", account="c").hello[0], "CAP LS 302")
+        talk = Talk(password="a b", account="c", certificate="file")
+        self.assertEqual(talk.hello[:2], ["PASS :a b", "CAP LS 302"])
 
     def test_what_ends_a_connection(self) -> None:
         account = {"account": "finger", "password": "secret"}
+        cert = {"account": "finger", "certificate": "file"}
         for title, options, line, refused in [
             ("secret is wrong", account, ":s 904 * :secret is wrong", True),
             ("EXTERNAL are", account, ":s 908 * EXTERNAL :are available", True),
             ("banned", {}, ":s 465 * :You are banned", True),
+            ("offers no SASL EXTERNAL", cert, "CAP * LS :sasl=PLAIN", False),
             ("offers no SASL PLAIN", account, "CAP * LS :sasl=EXTERNAL", False),
             ("refuses SASL", account, "CAP * NAK :sasl", False),
             ("has no SASL", account, ":s 001 x :Welcome", False),
@@ -2803,10 +2835,12 @@ class IrcSessionTest(Case):
             *[(chunk, "***") for chunk in chunks],
             ("".join(chunks), "***"),
             (f"<{chunks[0][9:99]}> {chunks[-1][-9:]}", "<***> ***"),
+            ("(the sesame of #a)", "(the *** of #a)"),
             ("AUTHENTICATE", "AUTHENTICATE"),
         ]:
             with self.subTest(repeated):
-                talk = Talk(account=account, password=password)
+                channels = ("#a sesame",)
+                talk = Talk(account=account, password=password, channels=channels)
                 with self.assertRaises(fingerd.IrcFailure) as failure:
                     talk.hear(f":s 904 * {repeated} :is wrong")
                 said = f"the server refuses us (904): * {logged} is wrong"
@@ -2830,6 +2864,10 @@ class IrcSessionTest(Case):
             ("FINGERBOT", "nobody", "PRIVMSG ann :nobody: No such user"),
             ("fingerbot", "a b\0c", "PRIVMSG ann :a bc: No such user"),
             ("fingerbot", "!! x", "PRIVMSG ann :x: No such user"),
+            ("fingerbot", "moshez [08:35:17]", None),
+            ("fingerbot", "[08:35:17] moshez", None),
+            ("#a", "[08:35:17] !finger moshez", None),
+            ("#a", "fingerbot: No such user", None),
             ("fingerbot", long_name, f"PRIVMSG ann :{long_name[:64]}: No such user"),
             ("fingerbot", "\x03", None),
             ("fingerbot", "", None),
@@ -2853,8 +2891,40 @@ class IrcSessionTest(Case):
                 talk.hear(f":ann!b@c PRIVMSG {target} :{text}")
                 self.assertEqual(talk.said(), [said] if said else [])
 
+    def test_a_reply_is_no_command_for_other_bots(self) -> None:
+        for sign in "!.,@+-?~%&$;`\\":
+            with self.subTest(sign):
+                talk = Talk(channels=("#a",)).register()
+                for name in ("op", " é", sign + "x", "1", ":", ""):
+                    talk.hear(f":ann!b@c PRIVMSG fingerbot :{sign}{name}")
+                texts = [line.partition(" :")[2].partition(":")[0] for line in talk.said()]
+                self.assertEqual(texts, ["op", "é", "x", f"{sign}1", sign, sign])
+                talk.store.set(f"{sign}op", "bad")
+                self.assertEqual(talk.pass_time(1).said(), ["PRIVMSG #a :op: bad"])
+
+    def test_two_bots_do_not_talk_to_each_other(self) -> None:
+        for source in ("x!~fingerd@host", "x!hidden@host"):
+            store = make_store({} if "hidden" in source else {"one": "two", "two": "one"})
+            talks = {
+                nick: Talk(store, nick=nick, channels=("#a",)).register(nick)
+                for nick in ("one", "two")
+            }
+            waiting = [("ann!b@c", "PRIVMSG #a :one: two")]
+            passed = []
+            while waiting and len(passed) < 30:
+                sender, line = waiting.pop()
+                passed.append(line)
+                for nick, talk in talks.items():
+                    if nick != sender.partition("!")[0]:
+                        said = talk.hear(f":{sender} {line}").said()
+                        waiting += [(source.replace("x", nick, 1), text) for text in said]
+            with self.subTest(source):
+                self.assertEqual(len(passed), 2, passed)
+
     def test_who_is_not_answered(self) -> None:
         for line in [
+            ":*status!znc@znc.in PRIVMSG fingerbot :Unknown command [moshez]",
+            ":NickServ!services@services.oftc.net PRIVMSG fingerbot :moshez",
             ":ann!b@c NOTICE fingerbot :moshez",
             ":irc.test PRIVMSG fingerbot :moshez",
             "PRIVMSG fingerbot :moshez",
@@ -2910,17 +2980,104 @@ class IrcSessionTest(Case):
             talk.store.set(f"user{number}", "old")
             talk.store.set(f"user{number}", "new")
         lines = [f"PRIVMSG #a :user{number}: new" for number in range(3)]
-        self.assertEqual(talk.pass_time(1).said(), [*lines, "PRIVMSG #a :... and 12 more"])
-        talk.hear(":ann!b@c KICK #a fingerbot :out")
-        talk.store.set("moshez", "back")
-        self.assertEqual(talk.pass_time(1).said(), [])
-        lines = ["registered as fingerbot", "joined #a", "kicked: #a fingerbot out"]
-        self.assertEqual(talk.log, lines)
+        self.assertEqual(talk.pass_time(1).said(), [*lines, "PRIVMSG #a :and 12 more"])
+        self.assertEqual(talk.log, ["registered as fingerbot", "joined #a"])
 
-    def test_only_configured_channels_are_joined(self) -> None:
-        talk = Talk(channels=("#a",)).register().hear(":fingerbot!a@b JOIN #b", ":s 473 x #a :+i")
-        self.assertEqual(talk.session.joined, {"#a"})
-        self.assertEqual(talk.log[-1], "cannot join: x #a +i")
+    def attempts(self, talk: Talk, seconds: float, *replies: str) -> list[float]:
+        """How many seconds after now the session sends a JOIN, each answered by the replies."""
+        talk.said()
+        start, moments = talk.now, []
+        while talk.now < start + seconds:
+            talk.hear("x").pass_time(1)
+            if any(line.startswith("JOIN") for line in talk.said()):
+                moments.append(talk.now - start)
+                talk.hear(*replies)
+        return moments
+
+    def test_a_channel_that_refuses_is_asked_again(self) -> None:
+        numerics = "403 405 437 471 473 474 475 476 477 479 485 489 495 520 926"
+        for numeric in numerics.split():
+            refusal = f":s {numeric} fingerbot #A :No way"
+            with self.subTest(numeric):
+                talk = Talk(channels=("#a",)).hear(":s 001 fingerbot :Welcome", refusal)
+                moments = self.attempts(talk, 2500, refusal)
+                self.assertEqual(moments, [90, 270, 630, 1230, 1830, 2430])
+                self.assertEqual(talk.log[1:], [f"#a refuses us ({numeric}): No way"])
+                talk.hear(":fingerbot!a@b JOIN #a").store.set("moshez", "here")
+                self.assertEqual(talk.pass_time(1).said(), ["PRIVMSG #a :moshez: here"])
+
+    def test_a_join_without_any_reply_is_repeated(self) -> None:
+        talk = Talk(channels=("#a",)).hear(":s 001 fingerbot :Welcome")
+        self.assertEqual(self.attempts(talk, 700), [90, 270, 630])
+
+    def test_each_kind_of_refusal_is_logged_once(self) -> None:
+        joined = ":fingerbot!a@b JOIN #a"
+        for lines, logged in [
+            ([":s 404 x #a :moderated"] * 3, ["#a refuses us (404): moderated"]),
+            (
+                [":s 473 x #a :+i", ":s 474 x #A :+b", ":s 473 x #a :+i"],
+                ["#a refuses us (473): +i", "#a refuses us (474): +b"],
+            ),
+            (
+                [":s 404 x #a :+m", joined, ":s 404 x #a :+m"],
+                ["#a refuses us (404): +m", "joined #a", "#a refuses us (404): +m"],
+            ),
+            ([":s 475 x #b :key", ":s 353 x #a :key", ":s 404 x"], []),
+        ]:
+            with self.subTest(lines):
+                talk = Talk(channels=("#a",)).register().hear(*lines)
+                self.assertEqual(talk.log[2:], logged)
+
+    def test_a_channel_that_the_server_forwards_to_is_left(self) -> None:
+        here = ":fingerbot!a@b JOIN"
+        left = ["forwarded to ##a; leaving it"]
+        reason = "#a refuses us (470): ##a Forwarding"
+        link = ":s 470 x [Link] Cannot join channel #a (+l) -- transferring you to ##a"
+        for lines, said, logged in [
+            ([":s 470 x #a ##a :Forwarding", f"{here} ##a"], ["PART ##a"], [reason, *left]),
+            ([link, f"{here} :##a"], ["PART ##a"], left),
+            ([":s 470 x #a ##a :Forwarding", f"{here} #b"], [], [reason, "joined #b"]),
+            ([":s 470 x #a ##a :Forwarding", ":ann!a@b JOIN ##a"], [], [reason]),
+            ([f"{here} ##a"], [], []),  # as from a bouncer
+        ]:
+            with self.subTest(lines):
+                talk = Talk(channels=("#a", "#b")).hear(":s 001 fingerbot :Welcome")
+                talk.said()
+                self.assertEqual(talk.hear(*lines).said(), said)
+                self.assertEqual(talk.log[1:], logged)
+
+    def test_out_of_a_channel(self) -> None:
+        part = "fingerbot!a@b PART #a bye); next attempt in 90 s"
+        kick = "ann!b@c KICK #a fingerbot out); next attempt after an INVITE"
+        invited = ":ann!b@c INVITE fingerbot :#A"
+        for title, lines, moments, logged in [
+            ("PART", [":fingerbot!a@b PART #a :bye"], [90, 180, 360], [f"out of #a ({part}"]),
+            ("KICK", [":ann!b@c KICK #a fingerbot :out"], [], [f"out of #a ({kick}"]),
+            ("INVITE", [":ann!b@c KICK #a fingerbot :out", invited], [1, 91, 271], [""]),
+            ("INVITE elsewhere", [":ann!b@c INVITE fingerbot #c"], [], []),
+            ("INVITE of another", [":ann!b@c INVITE bob #a"], [], []),
+            ("INVITE of no use", [invited], [], []),
+            ("PART of another", [":ann!b@c PART #a"], [], []),
+            ("KICK of another", [":ann!b@c KICK #a bob"], [], []),
+            ("PART from elsewhere", [":fingerbot!a@b PART #c"], [], []),
+        ]:
+            with self.subTest(title):
+                talk = Talk(channels=("#a",)).register().hear(*lines)
+                talk.store.set("moshez", "new")
+                if logged:
+                    self.assertEqual(len(talk.log), 3)
+                    self.assertIn(logged[0], talk.log[2])
+                    self.assertEqual(self.attempts(talk, 500), moments)
+                else:
+                    self.assertEqual(talk.pass_time(1).said(), ["PRIVMSG #a :moshez: new"])
+
+    def test_invitations_are_counted(self) -> None:
+        talk = Talk(channels=("#a",)).register().hear(":ann!b@c KICK #a fingerbot :out")
+        joins = 0
+        for _ in range(50):
+            talk.hear(":ann!b@c INVITE fingerbot #a").pass_time(1)
+            joins += talk.said().count("JOIN #a")
+        self.assertEqual(joins, fingerd.IRC_QUERIES_PER_MINUTE)
 
     def test_lines_go_at_a_steady_pace(self) -> None:
         talk = Talk().register()
@@ -2972,13 +3129,6 @@ class IrcSessionTest(Case):
         with self.assertRaisesRegex(fingerd.IrcFailure, "registration takes too long"):
             Talk().pass_time(60)
 
-    def test_it_has_settled_after_a_minute(self) -> None:
-        talk = Talk()
-        self.assertFalse(talk.session.settled(talk.now + 99))
-        talk.register()
-        self.assertFalse(talk.session.settled(talk.now - 1))
-        self.assertTrue(talk.session.settled(talk.now))
-
     def test_any_line_is_survived(self) -> None:
         chance = random.Random(1)
         words = [name[3:] for name in dir(fingerd.IrcSession) if name.startswith("on_")]
@@ -3014,6 +3164,10 @@ class IrcOptionsTest(Case):
                 ["--irc", "a", "--irc-channel", "#a", "--irc-channel", "#b"],
                 fingerd.IrcOptions("a", 6697, channels=("#a", "#b")),
             ),
+            (
+                ["--irc", "a", "--irc-channel", "#a key", "--irc-certificate", "b.pem"],
+                fingerd.IrcOptions("a", 6697, channels=("#a key",), certificate="b.pem"),
+            ),
         ]:
             with self.subTest(words):
                 self.assertEqual(self.read(*words), options)
@@ -3038,8 +3192,13 @@ class IrcOptionsTest(Case):
             (["--irc", "a", "--irc-channel", "a"], {}, "channel"),
             (["--irc", "a", "--irc-channel", "#a,b"], {}, "channel"),
             (["--irc", "a", "--irc-channel", "#\udcff"], {}, "channel"),
+            (["--irc", "a", "--irc-channel", "#a k,l"], {}, "channel"),
+            (["--irc", "a", "--irc-channel", "#a k l"], {}, "channel"),
+            (["--irc", "a", "--irc-channel", "#a "], {}, "channel"),
+            (["--irc", "a", *["--irc-channel", "#a " + "k" * 40] * 10], {}, "too many"),
             (["--irc", "a", *["--irc-channel", "#" + "a" * 40] * 10], {}, "too many"),
             (["--irc", "a", "--irc-account", "b"], {}, "password"),
+            (["--irc", "a", "--irc-certificate", "b", "--irc-plaintext"], {}, "TLS"),
             (["--irc", "a", "--irc-account", "b", "--irc-plaintext"], secret, "TLS"),
             (["--irc", "127.a.b", "--irc-account", "b", "--irc-plaintext"], secret, "TLS"),
             (["--irc", "a", "--irc-account", "b\n"], secret, "control"),
@@ -3125,6 +3284,24 @@ class FakeServerTest(FakeServerCase):
         self.start_bot(self.port)
         self.accept().hear("USER")
         self.logged("IRC: the registration takes too long")
+
+    def test_it_keeps_its_membership(self) -> None:
+        self.patch(IRC_SILENCE_SECONDS=0.2)
+        self.start_bot(self.port, channels=("#a sesame",))
+        end = self.accept().register()
+        for lines in [
+            [":irc.test 475 fingerbot #a :Wrong key sesame"],
+            [":fingerbot!a@b JOIN #a", ":fingerbot!a@b PART #a :bye"],
+            [":fingerbot!a@b JOIN #a", ":ann!b@c KICK #a fingerbot :sesame"],
+        ]:
+            end.hear("JOIN #a sesame")
+            end.say(*lines)
+        self.logged("KICK #a fingerbot ***")
+        end.say(":ann!b@c INVITE fingerbot #a")
+        end.hear("JOIN #a sesame")
+        end.say(":fingerbot!a@b JOIN #a")
+        self.logged("joined #a", 3)
+        self.assertNotIn("sesame", "\n".join(self.log))
 
     def failures(self, settled: float) -> list[int]:
         """The count of failures after each of five connections; the last two were registered."""
@@ -3261,6 +3438,13 @@ class TlsTest(FakeServerCase):
         cls.certificate, cls.fingerprint = make_certificate(folder)
         cls.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         cls.context.load_cert_chain(cls.certificate)
+        cls.context.load_verify_locations(cls.certificate)
+        cls.context.verify_mode = ssl.CERT_OPTIONAL
+
+    def shown(self) -> str:
+        """The SHA-256 of the certificate that the bot shows at its next connection."""
+        end = self.accept(self.context)
+        return hashlib.sha256(end.sock.getpeercert(binary_form=True) or b"").hexdigest()
 
     def serve_one(self) -> None:
         end = self.accept(self.context).register()
@@ -3277,6 +3461,34 @@ class TlsTest(FakeServerCase):
         with mock.patch.dict(os.environ, SSL_CERT_FILE=str(self.certificate)):
             self.start_bot(self.port, tls=True, host="localhost")
         self.serve_one()
+
+    def test_it_shows_its_own_certificate(self) -> None:
+        tls = {"tls": True, "fingerprint": self.fingerprint}
+        self.start_bot(self.port, certificate=str(self.certificate), **tls)
+        self.assertEqual(self.shown(), self.fingerprint)
+
+    @unittest.skipUnless(ROOT, "only root has privileges to drop")
+    def test_its_own_certificate_is_read_before_privileges_are_dropped(self) -> None:
+        secret = self.folder() / "secret.pem"
+        shutil.copy(self.certificate, secret)
+        secret.chmod(0o600)
+        certificate = ["--irc-certificate", str(secret), "--irc-fingerprint", self.fingerprint]
+        service = self.launch(USERS, "--irc", f"127.0.0.1:{self.port}", *certificate, run_as="")
+        self.assertEqual(self.shown(), self.fingerprint)
+        self.assertEqual(service.proc("Uid"), ["1"] * 4)
+
+    def test_own_certificates_that_cannot_be_read(self) -> None:
+        folder, pem = self.folder(), self.certificate.read_text()
+        (folder / "no-key").write_text(pem[pem.index("-----BEGIN CERT") :])
+        (folder / "no-certificate").write_text(pem[: pem.index("-----BEGIN CERT")])
+        openssl(f"ec -in {self.certificate} -out {folder}/locked -aes128 -passout pass:secret")
+        with (folder / "locked").open("a") as file:
+            file.write(pem[pem.index("-----BEGIN CERT") :])
+        (folder / "empty").write_text("")
+        for name in ("no-key", "no-certificate", "locked", "empty", "missing"):
+            words = ["--irc", "127.0.0.1", "--irc-certificate", str(folder / name)]
+            with self.subTest(name):
+                self.refuses_to_start(command("/dev/null", *words), "--irc-certificate: no PEM")
 
     def test_other_certificates_are_refused(self) -> None:
         for options, problem in [
@@ -3319,47 +3531,55 @@ class TlsTest(FakeServerCase):
 class RealServerCase(IrcCase):
     """The same tests for each server, which speaks plain and TLS."""
 
-    command = ""  # the configuration file comes last
-    ready = b""  # in the server's output when it accepts connections
+    command = ""  # its last word is the configuration file
     configuration = ""
 
     @classmethod
     def setUpClass(cls) -> None:
-        program = cls.command.partition(" ")[0]
+        program = cls.command.split()[0]
         if not shutil.which(program, path=PATH) or not shutil.which("openssl"):
             raise unittest.SkipTest(f"without {program} and openssl")
-        folder = new_folder()
-        cls.addClassCleanup(shutil.rmtree, folder)
+        cls.path = new_folder()
+        cls.addClassCleanup(shutil.rmtree, cls.path)
         cls.port, cls.tls_port = free_port(), free_port()
-        certificate, cls.fingerprint = make_certificate(folder)
-        values = {"port": cls.port, "tls_port": cls.tls_port, "certificate": certificate}
-        cls.path = folder / "ircd.conf"
-        cls.path.write_text(cls.configuration.format(**values))
+        cls.certificate, cls.fingerprint = make_certificate(cls.path)
         cls.start_server()
         cls.addClassCleanup(cls.end_server)
 
     @classmethod
     def start_server(cls) -> None:
+        """Start the server, not as root, and wait until it accepts connections."""
+        values = {"port": cls.port, "tls_port": cls.tls_port, "certificate": cls.certificate}
+        (cls.path / "ircd.conf").write_text(cls.configuration.format(**values))
         cls.server = subprocess.Popen(
-            [*cls.command.split(), str(cls.path)],
+            cls.command.format(path=cls.path).split(),
             env={**os.environ, "PATH": PATH},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=become_nobody if ROOT else None,
         )
-        assert cls.server.stdout
-        while cls.ready not in cls.server.stdout.readline():
-            pass
+        until(lambda: not refused(cls.port) and not refused(cls.tls_port), cls.command)
 
     @classmethod
     def end_server(cls) -> None:
         cls.server.kill()
-        cls.server.communicate()
+        cls.server.wait()
 
     def person(self, nick: str = "ann") -> IrcEnd:
         """A person who is registered with the server."""
         end: IrcEnd = self.keep(IrcEnd(connect(self.port)))
         end.say(f"NICK {nick}", "USER ann 0 * :Ann")
         end.hear(" 001 ")
+        return end
+
+    def operator(self, *channels: str) -> IrcEnd:
+        """A person who is an operator of the server and of channels, each `#NAME MODES`."""
+        end = self.person("root")
+        end.say("OPER root root")
+        end.hear(" 381 ")
+        for channel in channels:
+            end.say(f"JOIN {channel.partition(' ')[0]}", f"MODE {channel}")
+            end.hear(" 366 ")
         return end
 
     def test_it_answers_over_tls_in_private_and_in_a_channel(self) -> None:
@@ -3419,8 +3639,7 @@ class RealServerCase(IrcCase):
 
 
 class NgircdTest(RealServerCase):
-    command = "ngircd -n -f"
-    ready = b" ready."
+    command = "ngircd -n -f {path}/ircd.conf"
     configuration = """
         [Global]
         Name = irc.test
@@ -3436,16 +3655,42 @@ class NgircdTest(RealServerCase):
         [Limits]
         MaxConnectionsIP = 0
         MaxPenaltyTime = 0
+        [Channel]
+        Name = #locked
+        Modes = +tnk sesame
         [SSL]
         CertFile = {certificate}
         KeyFile = {certificate}
         Ports = {tls_port}
     """
 
+    def test_two_bots_do_not_talk_to_each_other(self) -> None:
+        self.store = make_store({"one": "two", "two": "one"})
+        for count, nick in enumerate(["one", "two"], 1):
+            self.start_bot(self.port, nick=nick, channels=("#bots",))
+            self.logged("joined #bots", count)
+        ann = self.person()
+        ann.say("JOIN #bots", "PRIVMSG #bots :one: two", "PRIVMSG two :!finger one")
+        ann.hear(":one!~fingerd@127.0.0.1 PRIVMSG #bots :two: one")
+        ann.hear(":two!~fingerd@127.0.0.1 PRIVMSG ann :one: two")
+        ann.say("PRIVMSG one :!finger nobody", "PRIVMSG #bots :two: end")
+        heard = []
+        while not heard or "end: No such user" not in heard[-1]:
+            heard.append(ann.hear())
+        self.assertEqual(len(heard), 2, heard)
+
+    def test_keys(self) -> None:
+        self.start_bot(self.port, channels=("#open", "#locked sesame"))
+        self.logged("joined #locked")
+        self.logged("joined #open")
+        self.start_bot(self.port, nick="wrong", channels=("#open", "#locked closed"))
+        self.logged("#locked refuses us (475)")
+        self.logged("joined #open", 2)
+        self.assertNotRegex("\n".join(self.log), "sesame|closed")
+
 
 class InspircdTest(RealServerCase):
-    command = "inspircd --nofork --nolog --nopid --runasroot --config"
-    ready = b"is now running"
+    command = "inspircd --nofork --nolog --nopid --config {path}/ircd.conf"
     configuration = """
         <server name="irc.test" description="test" network="Test" id="0AA">
         <admin name="test" nick="test" email="test@irc.test">
@@ -3454,10 +3699,161 @@ class InspircdTest(RealServerCase):
         <module name="cap">
         <module name="ircv3_ctctags">
         <module name="botmode">
+        <module name="cban">
+        <module name="joinflood">
+        <joinflood bootwait="0">
+        <module name="operchans">
+        <module name="redirect">
+        <module name="remove">
+        <module name="sapart">
         <module name="ssl_gnutls">
+        <module name="sslinfo">
         <sslprofile name="tls" provider="gnutls" certfile="{certificate}" keyfile="{certificate}">
-        <connect allow="*" resolvehostnames="no" localmax="50" globalmax="50">
+        <connect allow="*" resolvehostnames="no" localmax="50" globalmax="50" fakelag="no">
+        <class name="all" commands="*" privs="*" chanmodes="*" usermodes="*" snomasks="*">
+        <type name="root" classes="all">
+        <oper name="root" password="root" host="*@*" type="root">
     """
+
+    def test_refusals(self) -> None:
+        root = self.operator(
+            "#full +lL 1 #other", "#other", "#opers +O", "#quiet +m", "#flood +j 2:9"
+        )
+        root.say("CBAN #banned 1h :reserved")
+        joiner = self.person("joiner")
+        for _ in range(3):
+            joiner.say("JOIN #flood", "PART #flood")
+        joiner.hear(" 437 ")
+        channels = ("#full", "#opers", "#quiet", "#flood", "#banned")
+        self.start_bot(self.port, channels=channels)
+        self.logged("joined #quiet")
+        for refusal in (
+            "#full refuses us (470)",
+            "#opers refuses us (520)",
+            "#flood refuses us (437)",
+        ):
+            self.logged(refusal)
+        self.logged("#banned refuses us (926)")
+        self.logged("forwarded to #other; leaving it")
+        root.hear(" PART :#other")
+        self.store.set("moshez", "Giving a tutorial now, sorry!")
+        self.logged("#quiet refuses us (404)")
+
+    def test_out_of_a_channel(self) -> None:
+        root = self.operator("#office +n")
+        self.patch(IRC_SILENCE_SECONDS=0.5)
+        self.start_bot(self.port, channels=("#office",))
+        self.logged("joined #office")
+        for count, words in enumerate(
+            ["SAPART fingerbot #office", "REMOVE fingerbot #office :x"], 1
+        ):
+            root.say(words)
+            self.logged("next attempt in", count)
+            self.logged("joined #office", count + 1)
+        root.say("KICK #office fingerbot :out", "MODE #office +i")
+        self.logged("next attempt after an INVITE")
+        root.say("INVITE fingerbot #office")
+        self.logged("joined #office", 4)
+
+    def test_it_shows_its_certificate(self) -> None:
+        tls = {"tls": True, "fingerprint": self.fingerprint, "certificate": str(self.certificate)}
+        self.start_bot(self.tls_port, **tls)
+        self.logged("registered")
+        root = self.operator()
+        root.say("WHOIS fingerbot")
+        self.assertIn("fingerprint", root.hear(" 276 "))
+
+
+class HybridTest(RealServerCase):
+    command = """
+        ircd-hybrid -foreground -configfile {path}/ircd.conf
+        -logfile /dev/null -pidfile /dev/null -klinefile /dev/null -dlinefile /dev/null
+        -xlinefile /dev/null -resvfile /dev/null
+    """
+    configuration = """
+        serverinfo {{
+            name = "irc.test"; description = "test";
+            tls_certificate_file = "{certificate}"; rsa_private_key_file = "{certificate}";
+        }};
+        admin {{ name = "test"; description = "test"; email = "test@irc.test"; }};
+        class {{ name = "all"; number_per_ip_local = 50; number_per_ip_global = 50;
+                 max_number = 50; recvq = 8000 bytes; sendq = 1 megabyte; ping_time = 2 minutes; }};
+        listen {{ host = "127.0.0.1"; port = {port}; flags = tls; port = {tls_port}; }};
+        auth {{ user = "*@*"; class = "all"; flags = can_flood; }};
+        operator {{
+            name = "root"; user = "*@*"; class = "all"; password = "root"; encrypted = no;
+        }};
+        resv {{ mask = "#reserved"; reason = "reserved"; }};
+        general {{ throttle_count = 1000; disable_auth = yes; }};
+    """
+
+    def test_refusals(self) -> None:
+        self.operator("#opers +O", "#registered +R", "#quiet +m")
+        channels = ("#opers", "#registered", "#quiet", "#reserved")
+        self.start_bot(self.port, channels=channels)
+        self.logged("joined #quiet")
+        self.logged("#opers refuses us (520)")
+        self.logged("#registered refuses us (477)")
+        self.logged("#reserved refuses us (485)")
+        self.store.set("moshez", "Giving a tutorial now, sorry!")
+        self.logged("#quiet refuses us (404)")
+
+
+@unittest.skipUnless(shutil.which("znc", path=PATH), "without znc")
+class ZncTest(FakeServerCase):
+    """A bouncer between the bot and a server."""
+
+    configuration = """
+        Version = 1.8.0
+        <Listener bots>
+            Host = 127.0.0.1
+            Port = {port}
+            IPv4 = true
+            IPv6 = false
+            SSL = false
+        </Listener>
+        <User bot>
+            Pass = plain#secret
+            <Network test>
+                Server = 127.0.0.1 {server}
+            </Network>
+        </User>
+    """
+
+    def test_neither_the_bouncer_nor_its_playback_is_answered(self) -> None:
+        self.patch(IRC_SILENCE_SECONDS=0.5)
+        asked = self.store.get = mock.Mock(wraps=self.store.get)
+        port, folder = free_port(), self.folder()
+        (folder / "configs").mkdir()
+        file = folder / "configs/znc.conf"
+        file.write_text(self.configuration.format(port=port, server=self.port))
+        for path in (folder, folder / "configs", file):
+            path.chmod(0o777)
+        znc = subprocess.Popen(
+            ["znc", "--foreground", "--datadir", str(folder)],
+            env={**os.environ, "PATH": PATH},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=become_nobody if ROOT else None,
+        )
+        self.addCleanup(znc.wait)
+        self.addCleanup(znc.kill)
+        until(lambda: not refused(port), "znc")
+        bot = self.start_bot(port, password="bot/test:secret", channels=("#a",))
+        self.logged("registered")  # with ZNC, whose *status says that there is no server yet
+        end = self.accept().register()
+        end.hear("JOIN #a")
+        end.say(":fingerbot!x@y JOIN #a")
+        self.logged("joined #a")
+        self.stop_bot(bot)
+        end.say(":ann!b@c PRIVMSG fingerbot :shawn", ":ann!b@c PRIVMSG #a :fingerbot: shawn")
+        end.say("PING played")
+        end.hear("PONG")
+        self.start_bot(port, password="bot/test:secret", channels=("#a",))
+        self.logged("joined #a", 2)
+        end.say(":ann!b@c PRIVMSG #a :!finger moshez")
+        self.assertEqual(end.hear("PRIVMSG"), "PRIVMSG #a :moshez: Happy and well")
+        asked.assert_called_once_with("moshez")
 
 
 del FakeServerCase, RealServerCase  # the tests are in the classes made of them
