@@ -145,7 +145,7 @@ IRC_STALE_SECONDS = 30.0  # a reply that has waited this long is dropped
 IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends more is ignored
 IRC_ASKERS = 1_000  # user@hosts whose queries are counted
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
-IRC_CONNECT_SECONDS, IRC_TLS_SECONDS = 15.0, 15.0  # for look-up and for connect; for the handshake
+IRC_CONNECT_SECONDS, IRC_TLS_SECONDS = 15.0, 15.0  # for each address; for the handshake
 IRC_REGISTER_SECONDS = 60.0  # for the registration, SASL included
 IRC_SILENCE_SECONDS, IRC_ANSWER_SECONDS = 90.0, 60.0  # before our PING; for the reply to it
 IRC_SETTLED_SECONDS = 60.0  # registered for this long, a connection counts as a success
@@ -2918,65 +2918,6 @@ def irc_tls(options: IrcOptions) -> ssl.SSLContext:
     return context
 
 
-class IrcDialer(threading.Thread):
-    """Makes a connection in a thread, because nothing can interrupt the look-up of a name.
-
-    When the thread has ended, either `problem` is not empty or `sock` is the connection.
-    """
-
-    sock: socket.socket
-
-    def __init__(self, options: IrcOptions, tls: ssl.SSLContext | None) -> None:
-        super().__init__(name="irc-dialer", daemon=True)
-        self.options, self.tls = options, tls
-        self.addresses: list[Any] = []
-        self.problem = INTERNAL_ERROR  # unless `run` sets another value
-        self.start()
-
-    def run(self) -> None:
-        try:
-            sock = self.connect()
-            self.sock = self.secure(sock, self.tls) if self.tls else sock
-            self.problem = ""
-        except IrcFailure as problem:
-            self.problem = str(problem)
-
-    def connect(self) -> socket.socket:
-        """A connection to the first address that accepts one. They share the time equally."""
-        host, port = self.options.host, self.options.port
-        try:
-            self.addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as problem:
-            raise IrcFailure(f"cannot look up {host}: {problem}") from None
-        share = IRC_CONNECT_SECONDS / len(self.addresses)
-        for *_, address in self.addresses:
-            try:
-                number, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST)  # with the scope
-                return socket.create_connection((number, port), share)
-            except OSError as error:
-                reason = error.strerror or error
-        raise IrcFailure(f"cannot connect to {host}: {reason}")
-
-    def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
-        """TLS over `plain`; raises IrcFailure if that or the certificate is refused."""
-        plain.settimeout(IRC_TLS_SECONDS)
-        try:
-            with plain:  # wrap_socket detaches it, or it is of no more use
-                sock = tls.wrap_socket(plain, server_hostname=self.options.host)
-            certificate = sock.getpeercert(binary_form=True) or b""
-        except OSError as error:
-            distrust = getattr(error, "verify_message", "")
-            if distrust:
-                raise IrcFailure(f"bad certificate: {distrust}") from None
-            hint = "for a server without TLS, use --irc-plaintext"
-            raise IrcFailure(f"no TLS ({error}); {hint}") from None
-        digest = hashlib.sha256(certificate).hexdigest()
-        if self.options.fingerprint not in ("", digest):
-            sock.close()
-            raise IrcFailure(f"bad certificate: its SHA-256 is {digest}")
-        return sock
-
-
 class IrcBot(threading.Thread):
     """Replies to queries on IRC, on one connection after the other, until it is stopped."""
 
@@ -2985,11 +2926,10 @@ class IrcBot(threading.Thread):
         self.options, self.store = options, store
         self.tls = irc_tls(options) if options.tls else None
         importlib.import_module("encodings.idna")  # for look-ups, before privileges are dropped
-        self.dialer: IrcDialer | None = None
         self.stopping = threading.Event()
 
     def stop(self) -> None:
-        """Send QUIT if there is a connection, and end; this takes STOP_SECONDS at most."""
+        """Send QUIT if there is a connection. Wait for the end of the thread, but not for long."""
         self.stopping.set()
         self.join(STOP_SECONDS)
 
@@ -2998,8 +2938,7 @@ class IrcBot(threading.Thread):
         report = functools.partial(log.info, "IRC: %s")
         failures, delay = 0, 0.0
         while not self.stopping.wait(delay):
-            tail = os.urandom(2).hex()
-            session = IrcSession(self.options, self.store, tail, report)
+            session = IrcSession(self.options, self.store, os.urandom(2).hex(), report)
             problem = self.attempt(session)
             if 0 < session.registered <= time.monotonic() - IRC_SETTLED_SECONDS:
                 failures = 0
@@ -3023,20 +2962,30 @@ class IrcBot(threading.Thread):
             return INTERNAL_ERROR
 
     def connect(self) -> socket.socket:
-        """A connection. If the look-up hangs, its dialer is kept for the next attempt."""
-        dialer = self.dialer = self.dialer or IrcDialer(self.options, self.tls)
-        deadline = time.monotonic() + IRC_CONNECT_SECONDS
-        dialer.join(IRC_POLL_SECONDS)
-        while dialer.is_alive():
-            if self.stopping.is_set():
-                raise IrcFailure("stopped")
-            if not dialer.addresses and time.monotonic() > deadline:
-                raise IrcFailure(f"the look-up of {self.options.host} takes too long")
-            dialer.join(IRC_POLL_SECONDS)
-        self.dialer = None
-        if dialer.problem:
-            raise IrcFailure(dialer.problem)
-        return dialer.sock
+        """A connection, with TLS if that is wanted, to the first address that accepts one."""
+        host = self.options.host
+        try:
+            sock = socket.create_connection((host, self.options.port), IRC_CONNECT_SECONDS)
+        except (OSError, UnicodeError) as problem:
+            raise IrcFailure(f"cannot connect to {host}: {problem}") from None
+        return self.secure(sock, self.tls) if self.tls else sock
+
+    def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        """TLS over `plain`; raises IrcFailure if that or the certificate is refused."""
+        plain.settimeout(IRC_TLS_SECONDS)
+        try:
+            with plain:  # wrap_socket detaches it, or it is of no more use
+                sock = tls.wrap_socket(plain, server_hostname=self.options.host)
+        except ssl.SSLCertVerificationError as problem:
+            raise IrcFailure(f"bad certificate: {problem.verify_message}") from None
+        except OSError as problem:
+            hint = "for a server without TLS, use --irc-plaintext"
+            raise IrcFailure(f"no TLS ({problem}); {hint}") from None
+        digest = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
+        if self.options.fingerprint not in ("", digest):
+            sock.close()
+            raise IrcFailure(f"bad certificate: its SHA-256 is {digest}")
+        return sock
 
     def serve(self, sock: socket.socket, session: IrcSession) -> None:
         """Exchange lines until told to stop; raises OSError if the connection ends earlier."""

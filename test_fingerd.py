@@ -3355,22 +3355,15 @@ class FakeServerTest(FakeServerCase):
     def count_open(self) -> int:
         return len(os.listdir("/proc/self/fd")) + threading.active_count()
 
-    def test_it_stops_while_it_connects(self) -> None:
-        connecting = threading.Event()
-        create_connection = socket.create_connection
-
-        def watched(*arguments: Any) -> socket.socket:
-            connecting.set()
-            return create_connection(*arguments)
-
-        # Once the queue of a server that accepts no one is full, no further connection is made.
+    def test_the_service_stops_while_the_bot_connects(self) -> None:
+        # Once the queue of a server that accepts nobody is full, connecting takes 15 s.
         with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
             port = full.getsockname()[1]
             self.keep(connect(port))
-            with mock.patch.object(socket, "create_connection", watched):
-                bot = self.start_bot(port)
-                self.assertTrue(connecting.wait(DEADLINE))
-                self.stop_bot(bot)
+            service = self.launch(USERS, "--irc", f"127.0.0.1:{port}")
+            started = time.monotonic()
+            self.assertEqual(service.stop(), 0)
+            self.assertLess(time.monotonic() - started, 10)
 
     def test_it_stops_while_it_waits(self) -> None:
         self.patch(IRC_RETRY_SECONDS=600.0, IRC_LONGEST_RETRY_SECONDS=600.0)
@@ -3381,50 +3374,15 @@ class FakeServerTest(FakeServerCase):
     def test_every_address_of_a_name_is_tried(self) -> None:
         there = socket.getaddrinfo("127.0.0.1", self.port, type=socket.SOCK_STREAM)
         nobody_there = socket.getaddrinfo("127.0.0.2", self.port, type=socket.SOCK_STREAM)
-        answers = mock.Mock(side_effect=[nobody_there + there, nobody_there, there])
-        with mock.patch.object(socket, "getaddrinfo", answers):
+        with mock.patch.object(socket, "getaddrinfo", return_value=nobody_there + there):
             self.start_bot(self.port, host="irc.test")
             self.accept().register()
             self.logged("registered")
 
-    def test_a_slow_look_up_is_of_use_to_the_next_attempt(self) -> None:
-        hang = threading.Event()
-        self.addCleanup(hang.set)
-        self.patch(IRC_CONNECT_SECONDS=0.1)
-        look_up = socket.getaddrinfo
-
-        def slow(*arguments: Any, **options: Any) -> Any:
-            hang.wait()
-            return look_up(*arguments, **options)
-
-        with mock.patch.object(socket, "getaddrinfo", slow):
-            self.start_bot(self.port)
-            self.logged("takes too long")
-            self.patch(IRC_CONNECT_SECONDS=15.0)
-            hang.set()
-            self.accept().register()
-            self.logged("registered")
-
-    def test_it_stops_while_a_name_is_looked_up(self) -> None:
-        hang = threading.Event()
-        self.addCleanup(hang.set)
-        self.patch(IRC_CONNECT_SECONDS=0.1)
-
-        def look_up(*_: Any, **__: Any) -> None:
-            hang.wait()
-            raise socket.gaierror
-
-        with mock.patch.object(socket, "getaddrinfo", look_up):
-            bot = self.start_bot(self.port)
-            self.logged("the look-up of 127.0.0.1 takes too long", 3)
-            dialers = [thread for thread in threading.enumerate() if thread.name == "irc-dialer"]
-            self.assertEqual(len(dialers), 1)
-            self.stop_bot(bot)
-
     def test_names_that_do_not_exist(self) -> None:
         for host in ("does-not-exist.invalid", "a..b", "x" * 70):
             self.start_bot(6667, host=host)
-            self.logged(f"IRC: cannot look up {host}: ")
+            self.logged(f"IRC: cannot connect to {host}: ")
 
 
 @unittest.skipUnless(shutil.which("openssl"), "openssl makes the certificate")
@@ -3513,10 +3471,12 @@ class TlsTest(FakeServerCase):
             self.logged("--irc-plaintext", count)
             self.stop_bot(bot)
 
-    def test_it_stops_in_the_middle_of_a_handshake(self) -> None:
-        bot = self.start_bot(self.port, tls=True)
+    def test_the_service_stops_in_the_middle_of_a_handshake(self) -> None:
+        service = self.launch(USERS, "--irc", f"127.0.0.1:{self.port}")
         self.accept().sock.recv(1)
-        self.stop_bot(bot)
+        started = time.monotonic()
+        self.assertEqual(service.stop(), 0)
+        self.assertLess(time.monotonic() - started, 10)
 
     def test_a_handshake_takes_no_longer_than_it_may(self) -> None:
         self.patch(IRC_TLS_SECONDS=0.1)
