@@ -66,6 +66,7 @@ import ssl
 import stat
 import threading
 import time
+import unicodedata
 import urllib.parse
 import xml.parsers.expat
 import xmlrpc.client
@@ -78,6 +79,7 @@ __version__ = "1.0"
 # What people and programs may send, and what they get at most.
 MAX_NAME = 64  # characters of a user's name
 MAX_STATUS = 1_000  # characters of a status
+MAX_COMPOSED = 2_000  # characters of a text that is put into NFC, in 4 ms at the most
 MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets no limit)
 MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_LISTING = 100_000  # bytes of a finger listing
@@ -178,9 +180,14 @@ def decode(raw: bytes) -> str:
 
 
 def clean(text: str) -> str:
-    """`text` as one printable line without blanks at its ends; fit for a terminal, IRC and XML."""
+    """`text` as one printable line without blanks at its ends; fit for a terminal, IRC and XML.
+
+    It is in NFC unless it is longer than MAX_COMPOSED: combining marks take quadratic time.
+    """
     if not text.isprintable():
         text = re.sub(UNPRINTABLE, "", text.replace("\t", " "))
+    if len(text) <= MAX_COMPOSED:
+        text = unicodedata.normalize("NFC", text)
     return text.strip()
 
 
@@ -225,7 +232,9 @@ def clean_lines(blocks: Iterable[bytes]) -> Iterator[str]:
         if newline:
             text, rest = decode(rest + ended), begun
             lines = text.split("\n")
-            yield from lines if text.replace("\n", "").isprintable() else map(clean, lines)
+            is_printable = text.replace("\n", "").isprintable()
+            is_clean = is_printable and unicodedata.is_normalized("NFC", text)
+            yield from lines if is_clean else map(clean, lines)
         else:
             rest = (rest + block)[: 4 * MAX_FILE_LINE + 4]
 
@@ -1013,6 +1022,31 @@ class StateFile:
         self._opened.close()
 
 
+def sorted_in_slices(names: list[str], key: Callable[[str], str] = str) -> list[str]:
+    """`names` in the order of `key`; in slices, as one sort of a million stops every thread."""
+    size = 20_000
+    slices = [sorted(names[at : at + size], key=key) for at in range(0, len(names), size)]
+    in_order = all(key(left[-1]) < key(right[0]) for left, right in zip(slices, slices[1:]))
+    return list(itertools.chain(*slices) if in_order else heapq.merge(*slices, key=key))
+
+
+def cased(names: Iterable[str]) -> list[str]:
+    """The names that casefold() changes, sorted by its result."""
+    return sorted_in_slices([name for name in names if name.casefold() != name], str.casefold)
+
+
+def folds_to(folded: str, names: list[str]) -> list[str]:
+    """Up to two of the names in a `cased` list whose casefold() is `folded`."""
+    low, high = 0, len(names)
+    while low < high:
+        middle = (low + high) // 2
+        if names[middle].casefold() < folded:
+            low = middle + 1
+        else:
+            high = middle
+    return [name for name in names[low : low + 2] if name.casefold() == folded]
+
+
 class Snapshot(NamedTuple):
     """All that is visible at one moment. It never changes: a writer publishes another one.
 
@@ -1028,6 +1062,9 @@ class Snapshot(NamedTuple):
     messages: dict[str, Message] = {}  # all of them, hidden ones included
     names: list[str] = []  # the users with a text in the file, sorted
     others: list[str] = []  # the users with a message alone, sorted
+    # The names in the file, and those in `others`, that casefold() changes; sorted by its result.
+    file_cased: list[str] = []
+    others_cased: list[str] = []
 
     def text(self, user: str) -> str:
         """The user's text, "" for an unknown user and for one without a status."""
@@ -1040,6 +1077,16 @@ class Snapshot(NamedTuple):
         if message and message.covers == line:
             return Status(message.text, message.since)
         return Status(line, self.dates.get(user, self.loaded)) if line else None
+
+    def find(self, name: str) -> str:
+        """The user called `name`, else the only one who is called so but for case, else ""."""
+        if name in self.file or self.text(name):
+            return name
+        folded = name.casefold()
+        found = {*folds_to(folded, self.file_cased), *folds_to(folded, self.others_cased)}
+        if folded in self.file or self.text(folded):
+            found.add(folded)
+        return found.pop() if len(found) == 1 else ""
 
     def users(self) -> Iterator[tuple[str, Status]]:
         """Everybody who has a status, sorted by name."""
@@ -1055,14 +1102,7 @@ class Snapshot(NamedTuple):
     def with_others(self) -> Snapshot:
         """The snapshot with the `others` that follow from its `file` and `messages`."""
         others = [user for user in self.messages if not self.file.get(user) and self.text(user)]
-        return self._replace(others=sorted(others))
-
-
-def sorted_in_slices(names: list[str]) -> list[str]:
-    """`names` in order; in slices, because one sort of a million stops every thread."""
-    slices = [sorted(names[start : start + 20_000]) for start in range(0, len(names), 20_000)]
-    in_order = all(left[-1] < right[0] for left, right in zip(slices, slices[1:]))
-    return list(itertools.chain(*slices) if in_order else heapq.merge(*slices))
+        return self._replace(others=sorted(others), others_cased=cased(others))
 
 
 class _Order:
@@ -1133,12 +1173,14 @@ class StatusStore:
             dates = {user: since for user, since in old.dates.items() if user in texts}
             dates.update(dict.fromkeys(() if first else changed, when))
             same_names = not gone and all(old.file.get(user) and texts[user] for user in changed)
+            same_users = not gone and len(texts) == len(old.file)
             new = old._replace(
                 file=texts,
                 loaded=when if first else old.loaded,
                 dates=dates,
                 messages=self._forget_outdated(texts),
                 names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
+                file_cased=old.file_cased if same_users else cased(texts),
             )
             self._publish(new.with_others(), when, () if first else changed)
         return True
@@ -1185,7 +1227,10 @@ class StatusStore:
         messages = dict(old.messages)
         changes: dict[str, Message | None] = {}
         accepted: list[_Order] = []
+        newcomers: dict[str, str] = {}  # their names as they were spelled first, by casefold
         for order in orders:
+            name = order.user
+            order.user = old.find(name) or newcomers.setdefault(name.casefold(), name)
             if order.text and order.user not in messages and len(messages) >= MAX_MESSAGES:
                 order.problem = f"no room for more than {MAX_MESSAGES} messages"
                 continue
@@ -1277,11 +1322,12 @@ def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: st
         return "Finger forwarding service denied\r\n"
     if not query.user:
         return finger_listing(now, query.long, policy)
-    status = now.get(query.user) if query.long else None
+    user = now.find(query.user)
+    status = now.get(user) if query.long else None
     if status is None:
-        return (now.text(query.user) or NO_SUCH_USER) + "\r\n"
+        return (now.text(user) or NO_SUCH_USER) + "\r\n"
     since = plain_time(status.since)
-    return f"Login: {query.user}\r\nStatus: {status.text}\r\nSince: {since}\r\n"
+    return f"Login: {user}\r\nStatus: {status.text}\r\nSince: {since}\r\n"
 
 
 # ---- web ---------------------------------------------------------------------------------------
@@ -1435,10 +1481,11 @@ class WebAnswers:
                 listed = self._everybody(now, name)
                 self._lists[name] = now.version, listed
             return self._feed(now, "", listed, head) if name == "atom" else listed
-        user = path_user(head.path)
+        name_asked = path_user(head.path)
+        user = now.find(name_asked)
         status = now.get(user)
         if status is None:
-            return self._nobody(name, user[:MAX_NAME])
+            return self._nobody(name, name_asked[:MAX_NAME])
         if name == "atom":
             return self._feed(now, user, [(user, status)], head)
         return self._remembered(name, user, status)
@@ -1614,7 +1661,8 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def _get_user(self, name: Any) -> Any:
         """The user's status, or "No such user"."""
-        return self._store.snapshot().text(clean(name)) or NO_SUCH_USER
+        now = self._store.snapshot()
+        return now.text(now.find(clean(name))) or NO_SUCH_USER
 
     def _list_users(self) -> Any:
         """The users and their statuses; at most 10,000 of them."""
@@ -1988,8 +2036,9 @@ class IrcSession:
         # Not queries: an empty line, the reply of another fingerd, and what ZNC plays back.
         if name in ("", NO_SUCH_USER) or re.search(r"\[\d\d:\d\d:\d\d\]", text):
             return ""
-        status = self.store.get(name)
-        return f"{name[:MAX_NAME]}: {status.text if status else NO_SUCH_USER}"
+        now = self.store.snapshot()
+        user = now.find(name)
+        return f"{user or name[:MAX_NAME]}: {now.text(user) or NO_SUCH_USER}"
 
     def within_limit(self, line: IrcLine) -> bool:
         """Count a query; False for one too many in a minute, and then for IRC_IGNORE_SECONDS."""

@@ -657,7 +657,10 @@ class CodecsTest(Case):
                 ("a\u2028b\u2029c\u202ed\u2066e\u2069f", "abcdef"),
                 ("a\ud800b\udfffc\ufffed\uffffe\ufdd0f", "abcdef"),
                 (FAMILY + " \u0646\u200c\u0647", FAMILY + " \u0646\u200c\u0647"),
-                ("\u00a0zo\u00e9\u3000", "zo\u00e9"), ("\ufeffa\ufeff", "a")
+                ("\u00a0zo\u00e9\u3000", "zo\u00e9"), ("\ufeffa\ufeff", "a"),
+                ("zoe\u0301", "zo\u00e9"), ("zoe\u200b\u0301", "zoe\u200b\u0301"),
+                ("e\u202e\u0301", "\u00e9"), ("e\u0301" * 1_000, "\u00e9" * 1_000),
+                ("a" + "\u0301\u0323" * 300_000, "a" + "\u0301\u0323" * 300_000),
             ]
         )  # fmt: skip
         self.table(fingerd.decode, [(b"zo\xc3\xa9", "zo\u00e9"), (b"zo\xe9", "zo\ufffd")])
@@ -1324,6 +1327,52 @@ class StoreTest(Case):
             self.store.set("moshez", str(number))
         self.assertEqual(len(self.store.changes_after(0)), fingerd.MAX_CHANGES)
 
+    def test_names_are_found_as_people_type_them(self) -> None:
+        texts = {
+            "moshez": "a",
+            "Shawn": "b",
+            "Ann": "c",
+            "ann": "d",
+            "stra\u00dfe": "e",
+            "Mute": "",
+        }
+        many = {f"User{number:04}": "x" for number in range(3000)}
+        self.store = make_store({**texts, **many, "gone": "x"})
+        for user in ("Guest", "mute", "gone"):
+            self.store.set(user, "here")
+        self.load(2000.0, **texts, **many, Gone="")  # the message is hidden
+        rows = [
+            *[(name, "moshez") for name in ("moshez", "Moshez", "MOSHEZ")],
+            *[(name, "Shawn") for name in ("Shawn", "shawn", "sHAWN")],
+            *[(name, name) for name in ("Ann", "ann")],
+            *[(name, "") for name in ("ANN", "", "zed", "~", "moshez ", "User")],
+            *[(name, "Mute") for name in ("Mute", "mute", "MUTE")],
+            *[(name, "stra\u00dfe") for name in ("stra\u00dfe", "STRASSE", "Strasse")],
+            *[(name, "Guest") for name in ("Guest", "guest", "GUEST")],
+            *[(name, "Gone") for name in ("gone", "GONE")],
+            *[(name.upper(), name) for name in many],
+        ]
+        find = self.store.snapshot().find
+        self.assertEqual([(name, find(name)) for name, _ in rows], rows)
+        self.load(3000.0, moshez="a", guest="file")
+        find = self.store.snapshot().find
+        rows = [("shawn", ""), ("guest", "guest"), ("Guest", "Guest"), ("GUEST", ""), ("ANN", "")]
+        self.assertEqual([(name, find(name)) for name, _ in rows], rows)
+
+    def test_two_spellings_of_a_new_name_make_one_user(self) -> None:
+        begun, go_on = threading.Event(), threading.Event()
+        self.store.restore(mock.Mock(messages={}, write=lambda *_: begun.set() or go_on.wait()))
+        with ThreadPoolExecutor(4) as pool:
+            pool.submit(self.store.set, "first", "x")
+            begun.wait()
+            for name in ("Guest", "guest", "GUEST"):
+                waiting = len(self.store._orders)
+                pool.submit(self.store.set, name, f"set as {name}")
+                until(lambda: len(self.store._orders) > waiting)  # noqa: B023  # called here
+            go_on.set()
+        self.assertEqual(texts_of(self.store)["Guest"], "set as GUEST")
+        self.assertEqual(self.store.snapshot().size(), 4)
+
     def test_a_snapshot_never_changes(self) -> None:
         now = self.store.snapshot()
         self.store.set("moshez", "mine")
@@ -1540,7 +1589,9 @@ class FingerTest(SharedCase):
             (b"nobody\r\n", nobody),
             (b"mute\r\n", nobody),
             (b"/W nobody\r\n", nobody),
-            (b"MOSHEZ\r\n", nobody),
+            (b"MOSHEZ\r\n", HAPPY),
+            ("ZOE\u0301\r\n".encode(), "caf\u00e9 \u2615 <&>\r\n".encode()),
+            (b"john doe@localhost\r\n", b"out\r\n"),
             (b"\r\n", everybody),
             (b"\n", everybody),
             (b"@localhost\r\n", everybody),
@@ -1566,7 +1617,7 @@ class FingerTest(SharedCase):
     def test_the_longer_answer(self) -> None:
         wanted = r"Login: moshez\r\nStatus: Happy and well\r\n"
         wanted += r"Since: 20\d\d-\d\d-\d\d \d\d:\d\d UTC\r\n"
-        for query in ("/W moshez", "/w moshez", "moshez /W", "moshez /w", "/W moshez@localhost"):
+        for query in ("/W moshez", "/w Moshez", "moshez /W", "moshez /w", "/W moshez@localhost"):
             self.assertRegex(self.service.finger(query), rf"\A{wanted}\Z", query)
         lines = self.service.finger("/W").split("\r\n")
         plain = self.service.finger("").split("\r\n")
@@ -1625,6 +1676,19 @@ class SetterTest(SharedCase):
                     self.assertEqual(self.get("/moshez?format=text").body.decode(), text + "\n")
                     self.assertIn(f"<p>{html.escape(text)}</p>", self.get().body.decode())
         self.assertEqual(self.service.finger("shawn"), "alive\r\n")
+
+    def test_another_spelling_sets_the_same_users_message(self) -> None:
+        everybody = len(self.service.finger("").splitlines())
+        self.addCleanup(self.service.set, "zo\u00e9", "")
+        for name, user in (("Moshez", "moshez"), ("ZOE\u0301", "zo\u00e9"), ("SHAWN", "shawn")):
+            self.assertEqual(self.service.set(name, "mine"), "OK\r\n")
+            self.assertEqual(self.service.finger(user), "mine\r\n")
+        self.assertEqual(len(self.service.finger("").splitlines()), everybody)
+        self.service.set("Guest", "here")
+        self.service.set("GUEST", "still here")
+        self.assertIn("\r\nGuest: still here\r\n", "\r\n" + self.service.finger(""))
+        self.service.set("guest", "")
+        self.assertEqual(self.service.finger("Guest"), "No such user\r\n")
 
     def test_a_half_close_ends_the_second_line(self) -> None:
         self.assertEqual(ask(self.service.port("setter"), b"guest\nhello"), b"OK\r\n")
@@ -1754,6 +1818,16 @@ class WebTest(SharedCase):
             self.assertEqual(page.status, 404)
             self.assertIn(f"<h1>{user}</h1><p>No such user</p>", page.body.decode())
             self.assertNotIn("x-evil", page.headers)
+
+    def test_a_users_page_has_the_spelling_of_the_file(self) -> None:
+        for path, user in (
+            ("MOSHEZ", "moshez"),
+            ("zoe%cc%81", "zo\u00e9"),
+            ("JOHN%20DOE", "John Doe"),
+        ):
+            page = self.get(f"/{path}?format=json")
+            self.assertEqual((page.status, json.loads(page.body)["user"]), (200, user))
+            self.assertIn(f"<h1>{user}</h1>", self.get(f"/{path}").body.decode())
 
     def test_the_list_links_to_everybody(self) -> None:
         page = self.get("/")
@@ -2182,6 +2256,7 @@ class XmlRpcTest(SharedCase):
         )
         self.assertEqual(proxy.getUser("nobody"), "No such user")
         self.assertEqual(proxy.getUser("mute"), "No such user")
+        self.assertEqual(proxy.getUser("MOSHEZ"), "Happy and well")
         everybody = [line.split(": ") for line in MANY.splitlines() if line != "mute:"]
         self.assertEqual(proxy.listUsers(), dict(everybody))
         methods = [
@@ -2862,6 +2937,8 @@ class IrcSessionTest(Case):
             ("fingerbot", " \x02\x0304,05moshez\x0f ", "PRIVMSG ann :moshez: Happy and well"),
             ("fingerbot", "!finger moshez", "PRIVMSG ann :moshez: Happy and well"),
             ("FINGERBOT", "nobody", "PRIVMSG ann :nobody: No such user"),
+            ("fingerbot", "Moshez", "PRIVMSG ann :moshez: Happy and well"),
+            ("#a", "!finger MOSHEZ", "PRIVMSG #a :moshez: Happy and well"),
             ("fingerbot", "a b\0c", "PRIVMSG ann :a bc: No such user"),
             ("fingerbot", "!! x", "PRIVMSG ann :x: No such user"),
             ("fingerbot", "moshez [08:35:17]", None),
