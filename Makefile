@@ -1,12 +1,15 @@
-# make run | test | check | bench | install | clean
+# make run | test | check | bench | install | uninstall | clean
 
 PYTHON  ?= python3
 PREFIX  ?= /usr/local
 DESTDIR ?=
 VENV     = .venv
+USERS    = /etc/users
 UNITS    = $(DESTDIR)$(PREFIX)/lib/systemd/system
+SOCKETS  = fingerd.socket fingerd-setter.socket fingerd-web.socket
+LIVE     = [ -z "$(DESTDIR)" ] && [ -d /run/systemd/system ]
 
-.PHONY: run test check bench install clean
+.PHONY: run test check bench install uninstall clean
 
 run:  ## the example on unprivileged loopback ports, until Ctrl-C
 	$(PYTHON) fingerd.py --finger 127.0.0.1:7979 --setter 127.0.0.1:1079 \
@@ -24,30 +27,44 @@ check:  ## lint, format and types; the tools come into a throw-away venv where t
 bench:  ## answers a second and CPU per answer, beside the smallest loop that could do the job
 	$(PYTHON) test_fingerd.py bench
 
-install:  ## the file, and units for systemd: enable fingerd.service, or fingerd.socket for port 79
+install:  ## the program, a users file if there is none, and units for systemd
 	install -D -m 755 fingerd.py $(DESTDIR)$(PREFIX)/bin/fingerd
+	[ -e $(DESTDIR)$(USERS) ] || { install -D -m 644 /dev/null $(DESTDIR)$(USERS); \
+	    sed 's/^[^#]/# &/' users.example >$(DESTDIR)$(USERS); }
 	install -d $(UNITS)
 	printf '%s\n' "$$SERVICE" >$(UNITS)/fingerd.service
-	printf '%s\n' "$$SOCKETS" >$(UNITS)/fingerd.socket
+	printf "$$SOCKET" finger finger 79 >$(UNITS)/fingerd.socket
+	printf "$$SOCKET" setter setter 127.0.0.1:1079 >$(UNITS)/fingerd-setter.socket
+	printf "$$SOCKET" web web 8000 >$(UNITS)/fingerd-web.socket
+	! { $(LIVE); } || systemctl daemon-reload
+
+uninstall:  ## stop it, and remove all of this but the users file and the messages
+	! { $(LIVE); } || systemctl disable --now fingerd.service $(SOCKETS)
+	rm -f $(DESTDIR)$(PREFIX)/bin/fingerd $(addprefix $(UNITS)/,fingerd.service $(SOCKETS))
+	! { $(LIVE); } || systemctl daemon-reload
+	@echo "kept: $(USERS), /var/lib/private/fingerd"
 
 clean:
 	rm -rf __pycache__ .mypy_cache .ruff_cache $(VENV)
 
 define SERVICE
 [Unit]
-Description=Everybody's status line, by finger, web, XML-RPC and IRC
+Description=Status lines by finger, web, XML-RPC and IRC
 Documentation=https://www.rfc-editor.org/rfc/rfc1288
 After=network.target
+Requires=fingerd.socket
+StartLimitIntervalSec=0
 
 [Service]
 Type=notify
-ExecStart=$(PREFIX)/bin/fingerd /etc/users
+ExecStart=$(PREFIX)/bin/fingerd $(USERS)
 ExecReload=/bin/kill -HUP $$MAINPID
+Sockets=$(SOCKETS)
 Restart=on-failure
+RestartSec=3
 DynamicUser=yes
 StateDirectory=fingerd
-AmbientCapabilities=CAP_NET_BIND_SERVICE
-CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=
 LockPersonality=yes
 MemoryDenyWriteExecute=yes
 NoNewPrivileges=yes
@@ -77,20 +94,23 @@ UMask=0077
 
 [Install]
 WantedBy=multi-user.target
+Also=$(SOCKETS)
 endef
 export SERVICE
 
-# systemd holds the ports, so that no client is refused while the service is started again.
-define SOCKETS
+# systemd holds the ports, so that no client is refused while the service restarts.
+define SOCKET
 [Unit]
-Description=The ports of fingerd
+Description=The port of fingerd's %s server
 
 [Socket]
-ListenStream=79
-FileDescriptorName=finger
+FileDescriptorName=%s
+ListenStream=%s
+Backlog=4096
 Service=fingerd.service
 
 [Install]
 WantedBy=sockets.target
+
 endef
-export SOCKETS
+export SOCKET

@@ -3211,12 +3211,12 @@ def find_identity(run_as: str) -> tuple[int, int]:
         raise StartError(f"--run-as: no such user or group: {run_as!a}") from None
 
 
-def account_name(uid: int) -> str:
-    """The name of the account, or its number if it has no name."""
+def describe_account(uid: int) -> str:
+    """The name and the number of the account; a dynamic user of systemd may have no name here."""
     try:
-        return pwd.getpwuid(uid).pw_name
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
     except KeyError:
-        return str(uid)
+        return f"uid {uid}"
 
 
 def drop_privileges(uid: int, gid: int) -> None:
@@ -3505,6 +3505,8 @@ def bind(options: argparse.Namespace) -> dict[str, list[socket.socket]]:
     for name in DEFAULT_ADDRESSES:
         if name not in listeners:
             listeners[name] = [listen(name, address) for address in getattr(options, name)]
+        elif not getattr(options, name):
+            raise StartError(f"--{name} is off, but systemd passes a socket for it")
         for listener in listeners[name]:
             address = Address(*listener.getsockname()[:2])
             log.info("%s listening on %s", name, address)
@@ -3569,10 +3571,10 @@ def build_services(options: argparse.Namespace) -> Services:
     try:
         reloader.load()
     except UsersError as problem:
-        if not (identity and isinstance(problem.__context__, PermissionError)):
+        if not isinstance(problem.__context__, PermissionError):
             raise
-        account = f"{account_name(identity[0])} (uid {identity[0]})"
-        raise StartError(f"{problem} for {account}: see --run-as") from None
+        hint = ": see --run-as" if identity else ""
+        raise StartError(f"{problem} for {describe_account(os.geteuid())}{hint}") from None
     if path:
         restore_messages(store, path, is_default=not options.state)
     servers: list[Server] = [

@@ -2480,7 +2480,8 @@ class CommandLineTest(Case):
         file.chmod(0)
         inside.parent.chmod(0)
         self.addCleanup(inside.parent.chmod, 0o700)
-        hint = rf" for {pwd.getpwuid(1).pw_name} \(uid 1\): see --run-as" if ROOT else ""
+        account = pwd.getpwuid(1 if ROOT else os.getuid())
+        hint = rf" for {account.pw_name} \(uid {account.pw_uid}\)" + ": see --run-as" * ROOT
         for users, problem in (
             (file, f"{file}: Permission denied{hint}"),
             (inside, f"{inside.parent}: Permission denied{hint}"),
@@ -5461,19 +5462,114 @@ class TopLevelTest(Case):
                 self.assertEqual(*(re.sub(r"\d{4}-\d\d-\d\d[ T][\d:]+", "T", t) for t in both))
 
     @unittest.skipUnless(shutil.which("make"), "without make")
-    def test_make_install_makes_units_that_systemd_accepts(self) -> None:
+    def test_make_install_and_uninstall(self) -> None:
+        root = self.folder()
+        make = ["make", "-s", f"DESTDIR={root}"]
+        self.assertEqual(run([*make, "install"], cwd=HERE)[0], 0)
+        self.assertTrue(os.access(root / "usr/local/bin/fingerd", os.X_OK))
+        self.assertEqual(run([*PROGRAM, "--check", str(root / "etc/users")])[0], 0)
+        (root / "etc/users").write_text("kept: x\n")
+        self.assertEqual(run([*make, "install"], cwd=HERE)[0], 0)
+        self.assertEqual(run([*make, "uninstall"], cwd=HERE)[0], 0)
+        files = [path for path in root.rglob("*") if path.is_file()]
+        self.assertEqual(files, [root / "etc/users"])
+        self.assertEqual(files[0].read_text(), "kept: x\n")
+
+    @needs("make", "systemd-analyze")
+    def test_systemd_accepts_the_units(self) -> None:
         prefix = self.folder()
-        self.assertEqual(run(["make", "-s", "install", f"PREFIX={prefix}"], cwd=HERE)[0], 0)
-        self.assertTrue(os.access(prefix / "bin/fingerd", os.X_OK))
+        words = ["make", "-s", "install", f"PREFIX={prefix}", f"USERS={prefix}/users"]
+        self.assertEqual(run(words, cwd=HERE)[0], 0)
         units = sorted(map(str, (prefix / "lib/systemd/system").iterdir()))
-        self.assertEqual(len(units), 2)
-        if not shutil.which("systemd-analyze"):
-            self.skipTest("without systemd-analyze")
+        self.assertEqual(len(units), 4)
         self.assertEqual(run(["systemd-analyze", "verify", "--man=no", *units]), (0, [], []))
-        _, out, _ = run(["systemd-analyze", "security", "--offline=true", units[0]])
+        service = f"{prefix}/lib/systemd/system/fingerd.service"
+        _, out, _ = run(["systemd-analyze", "security", "--offline=true", service])
         exposure = re.search(r"exposure level .*: ([\d.]+)", "\n".join(out))
         assert exposure
-        self.assertLess(float(exposure[1]), 2.0)
+        self.assertLess(float(exposure[1]), 1.5)
+
+
+NSPAWN = """systemd-nspawn --quiet --directory=/ --volatile=yes --private-network --register=no
+--keep-unit --console=pipe"""
+LOAD = r"""
+import collections, socket, sys, threading
+web = b"GET / HTTP/1.0\r\n\r\n", b"200 OK"
+servers = {79: (b"a\r\n", b"\r\n"), 1079: (b"a\nb\n", b"OK"), 8000: web}
+counts, over = collections.Counter(), threading.Event()
+def client(port, query, wanted):
+    while not over.is_set():
+        try:
+            with socket.create_connection(("127.0.0.1", port), 20) as sock:
+                sock.sendall(query)
+                answer = b"".join(iter(lambda: sock.recv(65536), b""))
+                counts[wanted in answer, port] += 1
+        except OSError as problem:
+            counts[str(problem), port] += 1
+threads = [threading.Thread(target=client, args=(p, *q)) for p, q in [*servers.items()] * 2]
+for thread in threads: thread.start()
+sys.stdin.read()
+over.set()
+for thread in threads: thread.join()
+print(*(f"{port}:{what}" for what, port in sorted(counts, key=str)))
+"""
+
+
+@unittest.skipUnless(ROOT, "needs root")
+@needs("systemd-nspawn", "nsenter", "make")
+class SystemdTest(Case):
+    """The units in a container with a systemd of its own, and this machine's /usr."""
+
+    def enter(self, *words: str) -> list[str]:
+        """How to run a command in the container's network."""
+        return ["nsenter", f"--target={self.leader}", "--net", *words]
+
+    def inside(self, words: str) -> tuple[int, list[str], list[str]]:
+        """As `run`, inside the container."""
+        namespaces = ("--mount", "--pid", "--ipc", "--uts", "--wd=/", "sh", "-c", words)
+        return run(self.enter(*namespaces), env={"PATH": "/usr/bin:/usr/sbin"})
+
+    def setUp(self) -> None:
+        process = subprocess.Popen(
+            [*NSPAWN.split(), f"--bind-ro={HERE}:/src", "--boot", "systemd.unit=basic.target"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+        def has_booted() -> bool:
+            if process.poll() is not None:
+                self.skipTest("no container can be started here")
+            self.leader = children.read_text().strip()
+            return bool(self.leader) and not self.inside("systemctl is-active basic.target")[0]
+
+        try:
+            until(has_booted)
+        except AssertionError:
+            self.skipTest("no systemd can be started here")
+        if self.inside("python3 --version")[0]:
+            self.skipTest("no python3 in /usr")
+
+    def test_installed_enabled_restarted_uninstalled(self) -> None:
+        make = "make -s -C /src PREFIX=/opt UNITS=/etc/systemd/system "
+        self.assertEqual(self.inside(make + "install")[0], 0)
+        self.assertEqual(self.inside("systemctl enable --now fingerd.service")[0], 0)
+        words = self.enter(sys.executable, "-c", LOAD)
+        load = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(load.kill)
+        for _ in range(7):
+            self.assertEqual(self.inside("systemctl restart fingerd.service")[0], 0)
+        out, _ = load.communicate(timeout=DEADLINE)
+        self.assertEqual(out.decode().split(), ["1079:True", "79:True", "8000:True"])
+        status = self.inside("cat /proc/$(systemctl show -P MainPID fingerd)/status")[1]
+        for line in ("NoNewPrivs:\t1", "CapEff:\t" + "0" * 16, "CapBnd:\t" + "0" * 16):
+            self.assertIn(line, status)
+        self.assertEqual(self.inside(make + "uninstall")[0], 0)
+        self.assertEqual(self.inside("systemctl list-units --no-legend 'fingerd*'")[1], [])
+        self.assertEqual(self.inside("ls -d /opt/bin/* /etc/users")[1], ["/etc/users"])
 
 
 # ================================================================================================
