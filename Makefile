@@ -39,7 +39,7 @@ install:  ## the program, a users file if there is none, and units for systemd
 	! { $(LIVE); } || systemctl daemon-reload
 
 uninstall:  ## stop it, and remove all of this but the users file and the messages
-	! { $(LIVE); } || systemctl disable --now fingerd.service $(SOCKETS)
+	! { $(LIVE); } || systemctl disable --now fingerd.service $(SOCKETS) || true
 	rm -f $(DESTDIR)$(PREFIX)/bin/fingerd $(addprefix $(UNITS)/,fingerd.service $(SOCKETS))
 	! { $(LIVE); } || systemctl daemon-reload
 	@echo "kept: $(USERS), /var/lib/private/fingerd"
