@@ -2228,8 +2228,6 @@ class Server(socketserver.ThreadingTCPServer):
                 self.end_job(connection, connection.result)
             elif connection.unsent:
                 self.send(connection)
-            elif connection.drain:
-                self.drop(connection)
             else:
                 self.receive(connection)
         except Exception:
@@ -2286,11 +2284,11 @@ class Server(socketserver.ThreadingTCPServer):
 
     def accept(self) -> None:
         """Queue some of the connections that the kernel has accepted for us."""
+        deadline = time.monotonic() + self.seconds
         try:
             for _ in range(ACCEPT_BATCH):
                 sock, address = self.socket.accept()
                 sock.setblocking(False)
-                deadline = time.monotonic() + self.seconds
                 self.ready.append(Connection(sock, address, deadline))
         except BlockingIOError:
             self.accepting = True
@@ -2344,8 +2342,13 @@ class Server(socketserver.ThreadingTCPServer):
             except BlockingIOError:
                 self.wait(connection)
                 return
-            connection.received += chunk
             connection.ended = not chunk
+            if connection.drain:
+                connection.drain -= len(chunk)
+                if connection.ended or connection.drain <= 0:
+                    self.shutdown_request(connection)
+                return
+            connection.received += chunk
             if len(chunk) == RECEIVE_BYTES:  # there may be more, to be received before the
                 self.keep(connection)  # connection is closed: a reset could overtake the reply
         connection.pipelined = False
@@ -2419,13 +2422,6 @@ class Server(socketserver.ThreadingTCPServer):
         connection.drain = DRAIN_BYTES
         connection.deadline = time.monotonic() + DRAIN_SECONDS
         self.wait(connection)
-
-    def drop(self, connection: Connection) -> None:
-        """Drop what a client sends after its last reply, until it closes or has sent too much."""
-        chunk = connection.sock.recv(connection.drain)
-        connection.drain -= len(chunk)
-        if not (chunk and connection.drain):
-            self.shutdown_request(connection)
 
     # Jobs.
 
