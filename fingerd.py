@@ -46,7 +46,9 @@ import hashlib
 import heapq
 import html
 import http
+import http.client
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -106,7 +108,8 @@ MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
 MAX_MESSAGES = 100_000  # users with a message of their own
 MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
-FETCH_SECONDS = 10.0  # to get a users file from another server
+FETCH_SECONDS, MAX_REDIRECTS = 10.0, 5  # to get a users file from another server
+RELOAD_SECONDS = 0.1  # between two reloads that SIGHUPs ask for
 LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
 
 # Connections, for each server.
@@ -2671,7 +2674,7 @@ class UsersError(Exception):
 
 
 class Unsettled(Exception):
-    """Somebody seems to be at work on the users file: it is better read a moment later."""
+    """The users file is being written, so it should be read a moment later."""
 
 
 def blocking_path(path: pathlib.Path) -> str:
@@ -2688,11 +2691,11 @@ def blocking_path(path: pathlib.Path) -> str:
 
 
 def read_users(
-    read: Callable[[int], bytes], known: Mapping[str, str], expected: int = 0
+    read: Callable[[int], bytes], known: Mapping[str, str], expected: int | None = None
 ) -> UsersFile:
-    """The users file whose next bytes `read` returns at each call, none at its end.
+    """The users file whose next bytes each call of `read` returns, b"" at the end.
 
-    Raises UsersError where it is too large, or ends before `expected` bytes.
+    Raises UsersError if it is too large, or shorter than `expected` bytes.
     """
     size = 0
 
@@ -2703,7 +2706,7 @@ def read_users(
             if size > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
             yield block
-        if size < expected:
+        if size < (expected or 0):
             raise UsersError(f"broke off after {size} bytes")
 
     users = parse_users(blocks(), known)
@@ -2717,31 +2720,31 @@ class FileSource:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self._seen: tuple[int, ...] = ()  # the signature of what was read last
+        self._seen: tuple[int, ...] = ()  # the signature of the file when it was read last
 
     def __str__(self) -> str:
         return str(self._path)
 
     @staticmethod
     def _signature(status: os.stat_result) -> tuple[int, ...]:
-        """What is another after every change; () while an editor may be at work on the file."""
+        """A value that differs after every change; () if the file changed a moment ago."""
         if 0 <= time.time() - status.st_mtime < SETTLE_SECONDS:
             return ()
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    def read(self, known: Mapping[str, str], always: bool = True) -> UsersFile | None:
-        """What the file says now; raises UsersError.
+    def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
+        """The users file, or None if it has not changed since it was read; raises UsersError.
 
-        Unless `always`: None if that was read already, Unsettled while somebody is at work on it.
+        Raises Unsettled if it is being written. If `at_once`, it is read in any case.
         """
         try:
             found = self._path.stat()
-            if not stat.S_ISREG(found.st_mode):  # to open a device may do anything
+            if not stat.S_ISREG(found.st_mode):  # opening a device may have any effect
                 raise UsersError("not a regular file")
             before = self._signature(found)
-            if not always and not before:
+            if not at_once and not before:
                 raise Unsettled
-            if not always and before == self._seen:
+            if not at_once and before == self._seen:
                 return None
             if found.st_size > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
@@ -2752,97 +2755,128 @@ class FileSource:
             raise UsersError(blocking_path(self._path)) from None
         except UsersError as problem:
             raise UsersError(f"{self._path}: {problem}") from None
-        if after != before and not always:
+        if after != before and not at_once:
             raise Unsettled
         self._seen = after if after == before else ()
         return users._replace(modified=max(0.0, min(found.st_mtime, time.time())))
 
 
-def in_time(seconds: float, work: Callable[[], T]) -> T:
-    """What `work` returns or raises; TimeoutError where that takes longer: it is left behind."""
-    outcome: list[T | Exception] = []
+class Incoming(io.RawIOBase):
+    """The bytes that arrive at `sock` until `deadline`, for http.client to read."""
 
-    def run() -> None:
-        try:
-            outcome.append(work())
-        except Exception as problem:
-            outcome.append(problem)
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
 
-    worker = threading.Thread(target=run, daemon=True)
-    worker.start()
-    worker.join(seconds)
-    if not outcome:
-        raise TimeoutError("takes too long")
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
+
+
+def find_origin(url: str) -> tuple[str, str, int]:
+    """The scheme, host and port of an http or https URL; raises ValueError if it is another."""
+    parts = urllib.parse.urlsplit(url)
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    if not parts.hostname or not default or "@" in parts.netloc:
+        raise ValueError(f"not a URL like http://HOST/ or https://HOST/: {url}")
+    return parts.scheme, parts.hostname, parts.port or default
 
 
 class UrlSource:
-    """A users file on a web server, as a rule another fingerd's list.
+    """A users file on a web server, usually the list of another fingerd.
 
-    A copy of it is kept in the file `copy`, if any, for a start while that server is down.
+    Its last content is kept in the file `copy`, if any, for a start while the server is down. The
+    proxies that the environment names are not used.
     """
 
     def __init__(self, url: str, copy: pathlib.Path | None) -> None:
+        importlib.import_module("encodings.idna")  # for look-ups, before privileges are dropped
         self._url, self._copy = url, copy
-        self._conditions: dict[str, str] = {}  # headers that ask whether anything is new
-        for name in ("urllib.request", "encodings.idna"):  # slow; before privileges are dropped
-            importlib.import_module(name)
+        self._conditions: dict[str, str] = {}  # headers that ask whether the list has changed
+        self._loaded = False  # whether `read` has returned a list
 
     def __str__(self) -> str:
         return self._url
 
-    def read(self, known: Mapping[str, str], _always: bool = True) -> UsersFile | None:
-        """What the file says now, None if it did not change; raises UsersError.
+    def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
+        """The list, or None if it has not changed since it was read; raises UsersError.
 
-        As long as nothing is `known`, the copy has to do where the other server cannot be had.
+        If `at_once`, it is transferred in any case. For the first call, the copy may replace it.
         """
         try:
-            return self._fetch(known)
+            users = self._fetch(known, {} if at_once else self._conditions)
         except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
             words = f"{self._url}: {clean(str(problem))[:MAX_STATUS]}"
-            if known or not self._copy or not self._copy.exists():
+            if self._loaded or not self._copy or self._copy.is_symlink() or not self._copy.exists():
                 raise UsersError(words) from None
-            log.warning("%s; beginning with the copy in %s", words, self._copy)
-            return FileSource(self._copy).read(known)
+            log.warning("%s; starting with the copy in %s", words, self._copy)
+            users = FileSource(self._copy).read(known, at_once=True)
+        self._loaded = True
+        return users
 
-    def _fetch(self, known: Mapping[str, str]) -> UsersFile | None:
-        """As `read`, but from the other server alone; raises whatever urllib does, too."""
-        import email.utils
+    def _fetch(self, known: Mapping[str, str], conditions: Mapping[str, str]) -> UsersFile | None:
+        """As `read`, from the server; it may redirect to itself, MAX_REDIRECTS times.
 
-        try:
-            users, told = in_time(FETCH_SECONDS, lambda: self._get(known))
-        except OSError as problem:
-            if getattr(problem, "code", 0) == http.HTTPStatus.NOT_MODIFIED:
-                return None
-            raise
-        try:
-            when = email.utils.parsedate_to_datetime(told["Last-Modified"]).timestamp()
-        except (TypeError, ValueError, OverflowError):  # there is no date, or it is not one
-            when = time.time()
-        self._keep(users.texts, when)
-        validators = {"If-None-Match": told["ETag"], "If-Modified-Since": told["Last-Modified"]}
-        self._conditions = {name: value for name, value in validators.items() if value}
-        return users._replace(modified=when)
+        The transfer ends after FETCH_SECONDS; the look-up of the name has the resolver's limits.
+        """
+        deadline, url = time.monotonic() + FETCH_SECONDS, self._url
+        for _ in range(MAX_REDIRECTS + 1):
+            scheme, host, port = origin = find_origin(url)
+            if origin != find_origin(self._url):
+                raise UsersError(f"redirects to another server: {url}")
+            secure = scheme == "https"
+            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+            connection = kind(host, port, timeout=FETCH_SECONDS / 2)  # for each of its addresses
+            connection.connect()
+            with connection.sock as sock:
+                headers = {"User-Agent": f"fingerd/{__version__}", "Connection": "close"}
+                target = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="")
+                connection.request("GET", target.geturl() or "/", headers={**headers, **conditions})
+                answer = http.client.HTTPResponse(Incoming(sock, deadline))  # type: ignore[arg-type]
+                answer.begin()
+                if answer.status not in (301, 302, 303, 307, 308):
+                    return self._read_answer(answer, known, bool(conditions))
+                url = urllib.parse.urljoin(url, answer.headers["Location"])
+        raise UsersError("redirects too often")
 
-    def _get(self, known: Mapping[str, str]) -> tuple[UsersFile, Any]:
-        """What the other server says, and the headers in front of it."""
-        import urllib.request
-
-        headers = {"User-Agent": f"fingerd/{__version__}", **self._conditions}
-        request = urllib.request.Request(self._url, headers=headers)
-        with urllib.request.urlopen(request, timeout=FETCH_SECONDS) as response:
-            expected = int(response.headers.get("Content-Length", 0))
-            return read_users(response.read1, known, expected), response.headers
+    def _read_answer(
+        self, answer: http.client.HTTPResponse, known: Mapping[str, str], conditional: bool
+    ) -> UsersFile | None:
+        """The list in a 200, None for a 304 to a conditional request; UsersError for the rest."""
+        if answer.status == http.HTTPStatus.NOT_MODIFIED and conditional:
+            return None
+        if answer.status != http.HTTPStatus.OK:
+            raise UsersError(f"status {answer.status} instead of a list of users")
+        users = read_users(answer.read1, known, answer.length)
+        if answer.headers.get_content_type() == "text/html" or (users.problems and not users.texts):
+            raise UsersError("no list of users")
+        etag, date = answer.headers["ETag"] or "", answer.headers["Last-Modified"] or ""
+        modified, now = parse_http_time(date), time.time()
+        self._conditions = {"If-None-Match": etag} if re.fullmatch("[!-~]{1,200}", etag) else {}
+        if 0 <= modified <= now:
+            self._conditions["If-Modified-Since"] = date
+        else:
+            modified = now
+        self._keep(users.texts, modified)
+        return users._replace(modified=modified)
 
     def _keep(self, texts: Mapping[str, str], modified: float) -> None:
-        """Replace the copy, if one is kept, by `texts`; where that fails, the old one stays."""
+        """Replace the copy, if one is kept, by `texts`; if that fails, the old one remains."""
         if not self._copy:
             return
         new = self._copy.with_name(self._copy.name + ".new")
         try:
-            with open(new, "w", encoding="utf-8") as file:
+            new.unlink(missing_ok=True)
+            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
                 file.writelines(itertools.starmap(format_users_line, texts.items()))
                 file.flush()
                 os.fsync(file.fileno())
@@ -2853,68 +2887,77 @@ class UrlSource:
 
 
 class Reloader(threading.Timer):
-    """Reads the users file every `interval` seconds, and whenever it is asked to.
+    """Reads the users file if it has changed, every `interval` seconds and after `reload`.
 
-    Its one thread keeps time without drift, and outlives whatever happens to the file: what that
-    said last stays in force, and the trouble is logged once.
+    If the file cannot be read, its last content stays in force, and the reason is logged once.
     """
 
     def __init__(self, source: FileSource | UrlSource, store: StatusStore, interval: float) -> None:
         super().__init__(interval, self.look)
         self.daemon, self.name = True, "reloader"
         self._source, self._store = source, store
+        self._woken = threading.Event()
+        self._at_once = True  # whether the next look reads the file in any case
         self._reading = threading.Lock()
-        self._complaint = ""  # why the file cannot be read, as logged last
-        self._problems: list[str] = []  # the bad lines, as logged last
+        self._complaint = ""  # the reason that was logged last
+        self._problems: list[str] = []  # the bad lines that were logged last
 
     def run(self) -> None:
-        """Look at the file at every tick until cancelled."""
-        due = time.monotonic() + self.interval
-        while not self.finished.wait(max(0.0, due - time.monotonic())):
-            due = max(due, time.monotonic() - self.interval) + self.interval
-            while not self.look() and not self.finished.wait(SETTLE_SECONDS):
-                pass
+        """Look at the file at every tick and when woken, until cancelled."""
+        while not self.finished.is_set():
+            self._woken.wait(self.interval)
+            self._woken.clear()
+            while not (self.finished.is_set() or self.look()):
+                self.finished.wait(SETTLE_SECONDS)
+            self.finished.wait(RELOAD_SECONDS)
+
+    def cancel(self) -> None:
+        """End the thread."""
+        super().cancel()
+        self._woken.set()
+
+    def reload(self) -> None:
+        """Have the thread read the file soon, changed or not."""
+        self._at_once = True
+        self._woken.set()
 
     def refresh(self) -> None:
-        """Look at the file before a message is set over it, and wait a moment if need be.
+        """Look at the file before a message is set over it; wait a moment if it is being written.
 
-        Another server is not asked again for each message: it may not even be there.
+        A server is not asked again for each message: it may be slow.
         """
         if isinstance(self._source, FileSource) and not self.look():
             self.finished.wait(SETTLE_SECONDS)
             self.look()
 
-    def reload(self) -> None:
-        """Read the file in any case."""
-        self.look(always=True)
+    def look(self) -> bool:
+        """Read the file if it has changed, and log the reason if it cannot be read.
 
-    def look(self, always: bool = False) -> bool:
-        """Read the file if it changed, or `always`, and log why where that is not possible.
-
-        False while somebody is at work on it: then it was not read.
+        Returns False if it is being written: then it was not read.
         """
         complaint = ""
         try:
-            self.load(always)
+            self.load()
         except Unsettled:
             return False
         except Exception as problem:
             complaint = str(problem) or repr(problem)
         if complaint and complaint != self._complaint:
-            log.error("%s; what %s said last stays in force", complaint, self._source)
+            log.error("%s; the last content of %s stays in force", complaint, self._source)
         elif self._complaint and not complaint:
-            log.warning("%s can be read again", self._source)
+            log.info("%s can be read again", self._source)
         self._complaint = complaint
         return True
 
-    def load(self, always: bool = True) -> None:
-        """Let the store have what the file says; raises UsersError or Unsettled.
+    def load(self) -> None:
+        """Give the store the file if it has changed; raises UsersError or Unsettled.
 
-        What is wrong with the file is logged once per content.
+        Bad lines are logged once per content.
         """
         with self._reading:
             now = self._store.snapshot()
-            users = self._source.read(now.file, always)
+            at_once, self._at_once = self._at_once, False
+            users = self._source.read(now.file, at_once)
             if not users:
                 return
             when = time.time() if now.version else users.modified
@@ -3473,7 +3516,7 @@ def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> File
 
 def check(source: FileSource | UrlSource) -> int:
     """Print the problems of the users file, and return the exit status."""
-    users = source.read({})
+    users = source.read({}, at_once=True)
     problems = users.problems if users else []
     for problem in problems:
         print(f"{source}:{problem}")
@@ -3599,7 +3642,7 @@ def stop(services: Services) -> None:
 def wait_for_the_end(services: Services) -> None:
     """Stop on SIGTERM or SIGINT, reload on SIGHUP; a second signal ends the process at once."""
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
-        threading.Thread(target=services.reloader.reload, name="SIGHUP", daemon=True).start()
+        services.reloader.reload()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
     stop(services)
 
