@@ -2840,7 +2840,8 @@ class UrlSource:
                 headers = {"User-Agent": f"fingerd/{__version__}", "Connection": "close"}
                 target = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="")
                 connection.request("GET", target.geturl() or "/", headers={**headers, **conditions})
-                answer = http.client.HTTPResponse(Incoming(sock, deadline))  # type: ignore[arg-type]
+                incoming: Any = Incoming(sock, deadline)  # it needs no more of a socket
+                answer = http.client.HTTPResponse(incoming)
                 answer.begin()
                 if answer.status not in (301, 302, 303, 307, 308):
                     return self._read_answer(answer, known, bool(conditions))

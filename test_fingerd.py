@@ -1496,6 +1496,18 @@ class UsersFileTest(Case):
                 self.reload()
             self.assertEqual({pattern: self.count(pattern) for pattern in logged}, logged)
 
+    def test_a_storm_of_sighups_starts_no_thread(self) -> None:
+        service = self.launch("".join(f"u{n}: x\n" for n in range(20_000)))
+        before, most = service.threads(), 0
+        for _ in range(100):
+            for _ in range(10):
+                service.signal(signal.SIGHUP)
+            most = max(most, service.threads())
+        self.assertLessEqual(most, before)
+        put(service.users, "moshez: after the storm\n", age=0.0)
+        service.signal(signal.SIGHUP)
+        until(lambda: service.finger("moshez") == "after the storm\r\n")
+
     def test_the_thread_survives_anything(self) -> None:
         self.begin(self.path, 0.01)
         put(self.path, "moshez: new\n")
@@ -5153,6 +5165,11 @@ class StopTest(Case):
 README = (HERE / "README.md").read_text(encoding="utf-8")
 
 
+def ok(body: bytes, *headers: bytes) -> bytes:
+    """A web server's response."""
+    return b"HTTP/1.0 200 OK\r\n" + b"".join(headers) + b"\r\n" + body
+
+
 class ReplicasTest(Case):
     """A users file that is another fingerd's."""
 
@@ -5197,11 +5214,128 @@ class ReplicasTest(Case):
         first.set("moshez", "back")
         until(lambda: replica.finger("moshez") == "back\r\n")
 
-    def test_nothing_is_sent_while_nothing_changes(self) -> None:
-        first = self.first("-v")
-        self.replica(first)
-        first.wait_for("GET '/': 200")
-        first.wait_for("GET '/': 304")
+    def fake(self, *answers: bytes) -> tuple[fingerd.UrlSource, list[bytes]]:
+        """A source whose server gives these answers, one to a connection; and its requests."""
+        listener = self.keep(socket.create_server(("127.0.0.1", 0)))
+        requests: list[bytes] = []
+
+        def serve() -> None:
+            for answer in answers:
+                with listener.accept()[0] as sock:
+                    requests.append(sock.recv(65536))
+                    sock.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        port = listener.getsockname()[1]
+        return fingerd.UrlSource(f"http://127.0.0.1:{port}/a?b", self.folder() / "copy"), requests
+
+    def test_it_asks_whether_the_list_has_changed(self) -> None:
+        etag, date = b'ETag: "x"\r\n', b"Last-Modified: Sun, 09 Sep 2001 01:46:41 GMT\r\n"
+        same = b"HTTP/1.1 304 Not Modified\r\n\r\n"
+        source, requests = self.fake(ok(b"a: b\n", etag, date), same, ok(b"a: b\n"), ok(b"a: c\n"))
+        first = source.read({}, at_once=True)
+        self.assertEqual(first, fingerd.UsersFile({"a": "b"}, [], 1_000_000_001.0))
+        self.assertIsNone(source.read(first.texts, at_once=False))
+        self.assertEqual(source.read(first.texts, at_once=True).texts, first.texts)
+        self.assertEqual(source.read(first.texts, at_once=False).texts, {"a": "c"})
+        conditions = [b'If-None-Match: "x"' in each and b"Since: Sun" in each for each in requests]
+        self.assertEqual(conditions, [False, True, False, False])
+        self.assertRegex(requests[0], rb"\AGET /a\?b HTTP/1\.1\r\nHost: 127\.0\.0\.1:\d+\r\n")
+
+    def test_what_is_no_list_is_an_error(self) -> None:
+        moved = b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n"
+        rows = [
+            (b"HTTP/1.1 304 Not Modified\r\n\r\n", "status 304"),
+            (b"HTTP/1.1 206 Partial\r\n\r\na: b\n", "status 206"),
+            (b"HTTP/1.1 404 Not Found\r\n\r\na: b\n", "status 404"),
+            (ok(b"a: b\n", b"Content-Type: text/html\r\n"), "no list"),
+            (ok(b"<p>Hello!</p>\n"), "no list"),
+            (ok(b"a: b\n", b"Content-Length: 30\r\n"), "broke off"),
+            (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n\xff\n", "no list"),
+            (b"220 mail.example.com ESMTP\r\n", "220 mail"),
+            (b"", "closed"),
+            (moved % b"http://127.0.0.1:1/", "redirects to another server: http://127.0.0.1:1/"),
+            (moved % b"//localhost/", "redirects to another"),
+            (moved % b"https://127.0.0.1/", "redirects to another"),
+            (moved % b"file:///etc/passwd", "not a URL like"),
+            (moved % b"ftp://127.0.0.1/", "not a URL like"),
+            (moved % b"http://me@127.0.0.1/", "not a URL like"),
+            (b"HTTP/1.1 302 Found\r\n\r\n", "redirects too often"),
+        ]
+        for answer, problem in rows:
+            with self.subTest(answer):
+                source, _ = self.fake(*[answer] * 6)
+                with self.assertRaisesRegex(fingerd.UsersError, problem):
+                    source.read({}, at_once=True)
+
+    def test_a_redirect_to_the_same_server_is_followed(self) -> None:
+        moved = b"HTTP/1.1 301 Moved\r\nLocation: /c?d#e\r\n\r\n"
+        source, requests = self.fake(moved, ok(b"a: b\n"))
+        self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
+        self.assertTrue(requests[1].startswith(b"GET /c?d HTTP/1.1\r\n"))
+
+    def test_times_in_the_future_are_not_believed(self) -> None:
+        future = b"Last-Modified: Fri, 31 Dec 9999 23:59:59 GMT\r\n"
+        for date in (future, b"Last-Modified: yesterday\r\n", b""):
+            with self.subTest(date):
+                source, requests = self.fake(*[ok(b"a: b\n", date)] * 2)
+                before = time.time()
+                users = source.read({}, at_once=True)
+                self.assertTrue(before <= users.modified <= time.time())
+                source.read({}, at_once=False)
+                self.assertNotIn(b"Since", requests[1])
+
+    def test_the_copy_is_private_and_follows_no_link(self) -> None:
+        source, _ = self.fake(*[ok(b"a: b\n")] * 2)
+        secret = source._copy.with_name("secret")
+        secret.write_text("root: secret\n")
+        for name in ("copy", "copy.new"):
+            source._copy.with_name(name).symlink_to(secret)
+        self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
+        self.assertEqual(source._copy.lstat().st_mode, 0o100600)
+        self.assertEqual(source._copy.read_text(), "a: b\n")
+        self.assertEqual(secret.read_text(), "root: secret\n")
+        source._copy.unlink()
+        source._copy.symlink_to(secret)
+        with self.assertRaises(fingerd.UsersError):
+            fingerd.UrlSource("http://127.0.0.1:1/", source._copy).read({}, at_once=True)
+
+    def test_no_proxy_is_asked(self) -> None:
+        source, _ = self.fake(ok(b"a: b\n"))
+        with mock.patch.dict(os.environ, http_proxy="http://127.0.0.1:1/"):
+            self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
+
+    def test_a_first_that_trickles_leaves_nothing_behind(self) -> None:
+        rows = [
+            (b"HTTP/1.0 200 OK\r\n", b"X: y\r\n"),
+            (b"", b"H"),
+            (ok(b"", b"Content-Length: 999999\r\n"), b"a: b\n"),
+            (ok(b"", b"Transfer-Encoding: chunked\r\n").replace(b"1.0", b"1.1"), b"1\r\na\r\n"),
+        ]
+        self.patch(FETCH_SECONDS=0.5)
+        closed: list[bytes] = []
+
+        def serve() -> None:
+            for start, more in rows:
+                with listener.accept()[0] as sock:
+                    sock.sendall(start)
+                    try:
+                        while True:  # each recv of the client's is in time
+                            sock.sendall(more)
+                            time.sleep(0.05)
+                    except ConnectionError:
+                        closed.append(start)
+
+        listener = self.keep(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=serve, daemon=True).start()
+        source = fingerd.UrlSource(f"http://127.0.0.1:{listener.getsockname()[1]}/", None)
+        threads = threading.active_count()
+        for start, _ in rows:
+            with self.subTest(start), self.assertRaisesRegex(fingerd.UsersError, "timed out"):
+                source.read({}, at_once=True)
+            until(lambda wanted=start: wanted in closed)
+            self.assertLessEqual(threading.active_count(), threads)
 
     def test_a_private_first_has_no_list_to_copy(self) -> None:
         self.refuses_to_start(command(self.url(self.first("--private"))), "403")
@@ -5209,44 +5343,6 @@ class ReplicasTest(Case):
     def test_a_url_may_be_https(self) -> None:
         with self.assertRaisesRegex(fingerd.UsersError, "Connection refused"):
             fingerd.UrlSource("https://127.0.0.1:1/", None).read({}, at_once=True)
-
-    def test_half_an_answer_is_refused(self) -> None:
-        def serve() -> None:
-            for answer in (b"Last-Modified: yesterday\r\n", b"", b"Content-Length: 30\r\n"):
-                with listener.accept()[0] as sock:
-                    sock.recv(65536)
-                    sock.sendall(b"HTTP/1.0 200 OK\r\n%s\r\nmoshez: Happy\n" % answer)
-
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            thread = threading.Thread(target=serve)
-            thread.start()
-            port = listener.getsockname()[1]
-            source = fingerd.UrlSource(f"http://127.0.0.1:{port}/", None)
-            for _ in range(2):
-                users = source.read({}, at_once=True)
-                self.assertEqual(users and users.texts, {"moshez": "Happy"})
-            with self.assertRaisesRegex(fingerd.UsersError, "broke off"):
-                source.read({}, at_once=True)
-            thread.join()
-
-    def test_an_answer_that_trickles_is_not_waited_for(self) -> None:
-        over = threading.Event()
-
-        def serve() -> None:
-            with listener.accept()[0] as sock, contextlib.suppress(ConnectionError):
-                sock.sendall(b"HTTP/1.0 200 OK\r\n")
-                while not over.wait(0.05):  # each recv of the client's is in time
-                    sock.sendall(b"X: y\r\n")
-
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            thread = threading.Thread(target=serve)
-            thread.start()
-            source = fingerd.UrlSource(f"http://127.0.0.1:{listener.getsockname()[1]}/", None)
-            self.patch(FETCH_SECONDS=0.5)
-            with self.assertRaisesRegex(fingerd.UsersError, "timed out"):
-                source.read({}, at_once=True)
-            over.set()
-            thread.join()
 
     @needs("haproxy")
     def test_behind_haproxy_nobody_notices_that_one_is_killed(self) -> None:
