@@ -812,7 +812,7 @@ def fold_irc(name: str, casemapping: str) -> str:
 
 
 def is_person(source: str) -> bool:
-    """Whether a source is no server, bouncer (`*status`), network service or other fingerd."""
+    """False for servers, bouncers (`*status`), network services and other fingerds."""
     services = r"[^!]*Serv!|[^!]*!c?services?@|[^@]*@(services|CServe)\."
     return not re.match(rf"[^!]*$|[*-]|{services}|[^!]*!~?fingerd@", source)
 
@@ -1775,7 +1775,7 @@ class IrcSession:
     def begin(self, now: float) -> None:
         """Start the registration."""
         self.now = self.started = now
-        if self.options.password and self.payload == ["+"]:
+        if self.options.password and self.mechanism != "PLAIN":
             self.send("PASS", self.options.password)
         self.send("CAP", "LS", "302")
         self.send("NICK", self.nick)
@@ -1833,7 +1833,7 @@ class IrcSession:
         self.queue.append((math.inf, format_irc_line(command, *params)))
 
     def say(self, command: str, target: str, text: str) -> None:
-        """Queue a text, cut to fit the line of the server, without what other bots obey."""
+        """Queue a text, cut to fit one line, without leading signs that command other bots."""
         rest = f":{self.nick}!{self.mask} {command} {target} :\r\n"
         text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
         text = cut_bytes(text, IRC_LINE_BYTES - len(rest.encode()))
@@ -1937,6 +1937,8 @@ class IrcSession:
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
         self.report(f"registered as {self.quote(self.nick)}")
+        for channel in self.channels:  # a bouncer may have connected to its server again
+            channel.joined, channel.due = False, self.now
         self.join()
 
     def on_005(self, line: IrcLine) -> None:
@@ -2987,8 +2989,8 @@ def irc_tls(options: IrcOptions) -> ssl.SSLContext:
         try:
             context.load_cert_chain(options.certificate, password="")  # so that nobody is asked
         except (OSError, ValueError) as problem:
-            need = "no PEM file with a certificate and its key, without a password"
-            raise StartError(f"--irc-certificate: {need}: {problem}") from None
+            wanted = "not a PEM file with a certificate and its key, without a password"
+            raise StartError(f"--irc-certificate: {wanted}: {problem}") from None
     return context
 
 

@@ -2922,16 +2922,17 @@ class IrcSessionTest(Case):
         account, password = "finger", "correct horse " * 60
         chunks = fingerd.sasl_plain(account, password)
         self.assertEqual(len(chunks), 3)
-        for repeated, logged in [
-            (password.strip(), "***"),
-            (f"({password.strip()})", "(***)"),
-            *[(chunk, "***") for chunk in chunks],
-            ("".join(chunks), "***"),
-            (f"<{chunks[0][9:99]}> {chunks[-1][-9:]}", "<***> ***"),
-            ("(the sesame of #a)", "(the *** of #a)"),
-            ("AUTHENTICATE", "AUTHENTICATE"),
+        cut = f"<{chunks[0][9:99]}> {chunks[-1][-9:]}"
+        for title, repeated, logged in [
+            ("the password", password.strip(), "***"),
+            ("in brackets", f"({password.strip()})", "(***)"),
+            *[("a line of the payload", chunk, "***") for chunk in chunks],
+            ("the payload", "".join(chunks), "***"),
+            ("pieces of it", cut, "<***> ***"),
+            ("a key", "(the sesame of #a)", "(the *** of #a)"),
+            ("another word", "AUTHENTICATE", "AUTHENTICATE"),
         ]:
-            with self.subTest(repeated):
+            with self.subTest(title):
                 channels = ("#a sesame",)
                 talk = Talk(account=account, password=password, channels=channels)
                 with self.assertRaises(fingerd.IrcFailure) as failure:
@@ -3104,6 +3105,12 @@ class IrcSessionTest(Case):
     def test_a_join_without_any_reply_is_repeated(self) -> None:
         talk = Talk(channels=("#a",)).hear(":s 001 fingerbot :Welcome")
         self.assertEqual(self.attempts(talk, 700), [90, 270, 630])
+
+    def test_a_new_registration_asks_again(self) -> None:
+        talk = Talk(channels=("#a", "#b")).register().hear(":ann!b@c KICK #a fingerbot :out")
+        self.assertEqual(talk.hear(":s 001 fingerbot :Welcome").said(), ["JOIN #a,#b"])
+        talk.store.set("moshez", "new")
+        self.assertEqual(talk.pass_time(1).said(), [])
 
     def test_each_kind_of_refusal_is_logged_once(self) -> None:
         joined = ":fingerbot!a@b JOIN #a"
@@ -3541,7 +3548,7 @@ class TlsTest(FakeServerCase):
         for name in ("no-key", "no-certificate", "locked", "empty", "missing"):
             words = ["--irc", "127.0.0.1", "--irc-certificate", str(folder / name)]
             with self.subTest(name):
-                self.refuses_to_start(command("/dev/null", *words), "--irc-certificate: no PEM")
+                self.refuses_to_start(command("/dev/null", *words), "--irc-certificate: not a PEM")
 
     def test_other_certificates_are_refused(self) -> None:
         for options, problem in [
@@ -3877,7 +3884,10 @@ class ZncTest(FakeServerCase):
 
     def test_neither_the_bouncer_nor_its_playback_is_answered(self) -> None:
         self.patch(IRC_SILENCE_SECONDS=0.5)
-        asked = self.store.get = mock.Mock(wraps=self.store.get)
+        session = fingerd.IrcSession
+        saying = mock.patch.object(session, "say", autospec=True, side_effect=session.say)
+        said = saying.start()
+        self.addCleanup(saying.stop)
         port, folder = free_port(), self.folder()
         (folder / "configs").mkdir()
         file = folder / "configs/znc.conf"
@@ -3908,7 +3918,7 @@ class ZncTest(FakeServerCase):
         self.logged("joined #a", 2)
         end.say(":ann!b@c PRIVMSG #a :!finger moshez")
         self.assertEqual(end.hear("PRIVMSG"), "PRIVMSG #a :moshez: Happy and well")
-        asked.assert_called_once_with("moshez")
+        said.assert_called_once_with(mock.ANY, "PRIVMSG", "#a", "moshez: Happy and well")
 
 
 del FakeServerCase, RealServerCase  # the tests are in the classes made of them
