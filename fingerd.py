@@ -87,6 +87,7 @@ MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
+RELOAD_SECONDS = 30  # after which a page reloads, if its reader wants that
 MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take 90 ms
 MAX_HEADERS = 100  # of a request
 MAX_BODY = 65_536  # bytes of a request body
@@ -431,8 +432,8 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEAD_END = re.compile(rb"\n\r?\n")
 _REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?" % _TOKEN)
 _HEADERS = re.compile(rb"(?:%s:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*" % _TOKEN)
-_HOST = r"(?:[0-9A-Za-z._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
-_TARGET = re.compile(rf"(?:(?i:https?)://({_HOST}))?(/[^?#]*|)(?:\?([^#]*))?")
+HOST = r"(?:[0-9A-Za-z._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
+_TARGET = re.compile(rf"(?:(?i:https?)://({HOST}))?(/[^?#]*|)(?:\?([^#]*))?")
 _CHUNK = re.compile(
     rb"([0-9A-Fa-f]{1,8})[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?(\r\n|\r?\Z)|\Z"
 )  # the first line of a chunk, or its beginning
@@ -444,7 +445,7 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     host = headers.get("host", "missing!" if http_1_1 else "")
     length = headers.get("content-length", "0")
     # If there are two, a comma stands between them.
-    if (host and not re.fullmatch(_HOST, host)) or not re.fullmatch("[0-9]+", length):
+    if (host and not re.fullmatch(HOST, host)) or not re.fullmatch("[0-9]+", length):
         return 400
     if "transfer-encoding" in headers:
         codings = [coding.strip() for coding in headers["transfer-encoding"].lower().split(",")]
@@ -582,15 +583,25 @@ FORMATS = {  # that a web client may ask for, by ?format= or by Accept
 OTHER_TYPES = {"atom": ["application/rss+xml", "application/xml"]}  # that feed readers may name
 
 
-def choose_format(query: str, accept: str) -> str:
-    """The name in FORMATS that a request prefers, or "" if it accepts none of them.
+class View(NamedTuple):
+    """How a client wants to see a page."""
+
+    format: str  # a name in FORMATS, or "" if the client accepts none of them
+    by_name: bool = False  # the list of users, instead of the newest status first
+    reload: bool = False  # every RELOAD_SECONDS
+
+    def query(self) -> str:
+        """The query of a link to an HTML page that is seen in this way, in HTML."""
+        words = ["sort=name"] * self.by_name + [f"refresh={RELOAD_SECONDS}"] * self.reload
+        return "?" + "&amp;".join(words) if words else ""
+
+
+def choose_format(accept: str) -> str:
+    """The name in FORMATS that an Accept header prefers, or "" if it accepts none of them.
 
     Each format has the weight of the most specific range that admits it. Among equal weights, a
     named type comes before one that a wildcard admits; then the client's order decides, then ours.
     """
-    asked = urllib.parse.parse_qs(query).get("format")
-    if asked:
-        return asked[-1] if asked[-1] in FORMATS else ""
     weights = parse_accept(accept or "*/*")
     order = list(weights)
     ranks = {}
@@ -603,6 +614,15 @@ def choose_format(query: str, accept: str) -> str:
     return max(ranks, key=ranks.__getitem__) if ranks else ""
 
 
+def parse_view(query: str, accept: str) -> View:
+    """How a request with this query and this Accept header wants to see a page."""
+    asked = urllib.parse.parse_qs(query)
+    name = asked["format"][-1] if "format" in asked else choose_format(accept)
+    if name != "html":
+        return View(name if name in FORMATS else "")
+    return View(name, asked.get("sort", [""])[-1] == "name", "refresh" in asked)
+
+
 def digest(pieces: Iterable[bytes]) -> str:
     """A short hash of these bytes, the same in every process and on every machine."""
     sha256 = hashlib.sha256()
@@ -613,14 +633,20 @@ def digest(pieces: Iterable[bytes]) -> str:
 
 STYLE = """
 :root { color-scheme: light dark }
-body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 40rem; margin: 2rem auto }
+body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto }
 body { padding: 0 1rem }
 h1, p, dt, dd { unicode-bidi: plaintext; overflow-wrap: anywhere }
+h1 { line-height: 1.2 }
 h1 + p { font-size: 1.4rem }
-dt { font-weight: bold; margin-top: 1rem }
+dl div { display: grid; grid-template-columns: 9rem 1fr auto; gap: 0 1rem; padding: .6rem 0 }
+dl div { border-top: 1px solid #8886 }
+dt { font-weight: bold }
 dd { margin: 0 }
+dt + dd { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
+dt + dd { overflow: hidden }
 time { white-space: nowrap }
-time, footer { opacity: .7; font-size: .9rem }
+time, nav, footer { opacity: .75; font-size: .9rem }
+@media (max-width: 40rem) { dl div { grid-template-columns: 1fr } }
 """
 STYLE_SHA256 = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 CONTENT_SECURITY_POLICY = (
@@ -633,7 +659,6 @@ HTML_PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="30">
 <link rel="icon" href="data:,">
 {feed}<style>{style}</style>
 </head>
@@ -677,9 +702,20 @@ def html_time(when: float) -> str:
     return f'<time datetime="{iso_time(when)}">{plain_time(when)}</time>'
 
 
-def html_error(title: str, words: str) -> str:
-    """A page with `words` below `title`."""
-    return html_page(title, f"<h1>{html.escape(title)}</h1><p>{html.escape(words)}</p>")
+def html_error(title: str, words: str, rest: str = "") -> str:
+    """A page with `words` below `title`, and the HTML in `rest` below them."""
+    return html_page(title, f"<h1>{html.escape(title)}</h1><p>{html.escape(words)}</p>{rest}")
+
+
+# An address may hold parentheses in pairs, and does not end with a punctuation mark.
+_ADDRESS = re.compile(r"(https?://(?:[^\s<>\"'()]|\([^\s<>\"'()]*\))+(?<![.,;:!?]))")
+
+
+def html_status(text: str) -> str:
+    """A status in HTML; the http and https addresses in it are links."""
+    parts = [html.escape(part) for part in _ADDRESS.split(text)]
+    parts[1::2] = [f'<a href="{url}" rel="nofollow noopener">{url}</a>' for url in parts[1::2]]
+    return "".join(parts)
 
 
 def json_status(user: str, text: str, since: float) -> str:
@@ -1287,6 +1323,7 @@ class Policy(NamedTuple):
     hostnames: frozenset[str] = frozenset({"localhost"})  # this machine's names, in lower case
     finger_host: str = "localhost"  # where pages say that users can be fingered,
     finger_port: int = 0  # 0 for nowhere
+    setter_port: int = 0  # on this machine, 0 for none
     public_url: str = ""  # the web server's address behind a proxy, ending in "/"
 
 
@@ -1390,41 +1427,76 @@ def finger_links(user: str, policy: Policy) -> list[str]:
     return [f"<code>{html.escape(command)}</code>", f'<a href="{url}">finger</a>']
 
 
-def user_html(user: str, status: Status, base: str, policy: Policy) -> str:
+def reload_link(url: str, view: View) -> str:
+    """A link that makes the page at `url` reload, or stops that."""
+    words = "stop reloading" if view.reload else f"reload every {RELOAD_SECONDS} s"
+    return f'<a href="{url}{view._replace(reload=not view.reload).query()}">{words}</a>'
+
+
+def user_html(user: str, status: Status, view: View, base: str, policy: Policy) -> str:
     """The page of one user; `base` is the URL of everybody's page, escaped."""
     url = user_url(base, user)
     links = [
         f'<a href="{base}">everybody</a>',
         *finger_links(user, policy),
         f'<a href="{url}?format=atom">feed</a>',
+        reload_link(url, view),
     ]
     main = (
-        f"<h1>{html.escape(user)}</h1><p>{html.escape(status.text)}</p>\n"
+        f"<h1>{html.escape(user)}</h1><p>{html_status(status.text)}</p>\n"
         f"<p>since {html_time(status.since)}</p>\n<footer>{' · '.join(links)}</footer>"
     )
     return html_page(user, main, url)
 
 
-def list_html(now: Snapshot, base: str, policy: Policy) -> str:
+def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
+    """The `count` newest statuses with their users."""
+    return heapq.nlargest(count, now.users(), key=lambda item: item[1].since)
+
+
+def first_status_html(policy: Policy) -> str:
+    """How to set a status, for the list of nobody."""
+    setter = f"printf 'user\\nstatus\\n' | nc localhost {policy.setter_port}"
+    command = f", or on this machine by <code>{setter}</code>" if policy.setter_port else ""
+    return (
+        "<p>Nobody has a status yet. The first one can be set by a line "
+        f"<code>user: status</code> in the users file{command}.</p>\n"
+    )
+
+
+def list_html(now: Snapshot, view: View, base: str, policy: Policy) -> str:
     """The page at /: how to ask for a user and, unless that is private, the users."""
-    usage = "<h1>fingerd</h1>\n<p>usage: site/user</p>\n"
+    title = f"Statuses at {policy.finger_host}"
+    top = f"<h1>{html.escape(title)}</h1>\n<p>What everybody here is up to</p>\n"
     if policy.private:
-        return html_page("fingerd", usage)
-    rows = [
-        f'<dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
-        f"<dd>{html.escape(text)} {html_time(since)}</dd>\n"
-        for user, (text, since) in itertools.islice(now.users(), MAX_PAGE_USERS)
+        words = "<p>The list of users is private; a user's own page is not.</p>\n"
+        return html_page(title, f"{top}{words}<nav>usage: site/user</nav>")
+    other = "newest first" if view.by_name else "by name"
+    links = [
+        "usage: site/user",
+        f'<a href="{base}{view._replace(by_name=not view.by_name).query()}">{other}</a>',
+        f'<a href="{base}?format=atom">feed</a>',
+        reload_link(base, view),
     ]
-    users = f"<dl>\n{''.join(rows)}</dl>\n" if rows else ""
+    users = (
+        itertools.islice(now.users(), MAX_PAGE_USERS)
+        if view.by_name
+        else newest(now, MAX_PAGE_USERS)
+    )
+    rows = [
+        f'<div><dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
+        f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd></div>\n"
+        for user, (text, since) in users
+    ]
+    listed = f"<dl>\n{''.join(rows)}</dl>\n" if rows else first_status_html(policy)
     more = f"<p>... and {now.size() - len(rows)} more</p>\n" if now.size() > len(rows) else ""
-    footer = f'<footer><a href="{base}?format=atom">feed</a></footer>'
-    return html_page("fingerd", usage + users + more + footer, base)
+    return html_page(title, f"{top}<nav>{' · '.join(links)}</nav>\n{listed}{more}", base)
 
 
 class WebAnswers:
     """The pages of the store's users.
 
-    It remembers the last list of everybody in each format (as long as the statuses in it), the
+    It remembers the last list of everybody for each view (as long as the statuses in it), the
     newest statuses, and MAX_PAGES users' pages of 20 kB at most. Feeds and pages about unknown
     names are made for each request.
     """
@@ -1432,7 +1504,7 @@ class WebAnswers:
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
         self._base = html.escape(policy.public_url or "/")  # the URL of everybody's page
-        self._lists: dict[str, tuple[int, Any]] = {}  # and the store's version, by format
+        self._lists: dict[View, tuple[int, Any]] = {}  # and the versions of the store
         self._remembered = functools.lru_cache(MAX_PAGES)(self._user)
 
     def is_long(self, head: HttpHead) -> bool:
@@ -1440,8 +1512,8 @@ class WebAnswers:
         now = self._store.snapshot()
         if head.path != "/" or self._policy.private or now.size() <= MAX_SHORT_LIST:
             return False
-        name = choose_format(head.query, head.headers.get("accept", ""))
-        return name != "" and self._lists.get(name, (-1,))[0] != now.version
+        view = parse_view(head.query, head.headers.get("accept", ""))
+        return view.format != "" and self._lists.get(view, (-1,))[0] != now.version
 
     def refusal(self, head: HttpHead) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
@@ -1473,57 +1545,64 @@ class WebAnswers:
 
     def _page(self, head: HttpHead) -> Page:
         """The page without the header for other origins."""
-        name = choose_format(head.query, head.headers.get("accept", ""))
-        if not name:
+        view = parse_view(head.query, head.headers.get("accept", ""))
+        if not view.format:
             return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
-        now = self._store.snapshot()
+        now, is_feed = self._store.snapshot(), view.format == "atom"
         if head.path == "/":
-            if self._policy.private and name != "html":
+            if self._policy.private and view.format != "html":
                 return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
-            version, listed = self._lists.get(name, (-1, None))
+            version, listed = self._lists.get(view, (-1, None))
             if version != now.version:
-                listed = self._everybody(now, name)
-                self._lists[name] = now.version, listed
-            return self._feed(now, "", listed, head) if name == "atom" else listed
+                listed = newest(now, MAX_FEED) if is_feed else self._everybody(now, view)
+                self._lists[view] = now.version, listed
+            return self._feed(now, "", listed, head) if is_feed else listed
         name_asked = path_user(head.path)
         user = now.find(name_asked)
         status = now.get(user)
         if status is None:
-            return self._nobody(name, name_asked[:MAX_NAME])
-        if name == "atom":
+            return self._nobody(view.format, name_asked[:MAX_NAME])
+        if is_feed:
             return self._feed(now, user, [(user, status)], head)
-        return self._remembered(name, user, status)
+        return self._remembered(view, user, status)
 
-    def _user(self, name: str, user: str, status: Status) -> Page:
-        """The page of one user in the format `name`."""
-        if name == "html":
-            text = user_html(user, status, self._base, self._policy)
+    def _user(self, view: View, user: str, status: Status) -> Page:
+        """The page of one user; not a feed."""
+        if view.format == "html":
+            text = user_html(user, status, view, self._base, self._policy)
         else:
-            text = (status.text if name == "text" else json_status(user, *status)) + "\n"
-        return make_page(200, FORMATS[name], [text], status.since)
+            text = status.text if view.format == "text" else json_status(user, *status)
+            text += "\n"
+        return self._made(view, [text], status.since)
 
     def _nobody(self, name: str, user: str) -> Page:
-        """The page that says that there is no such user."""
+        """The page in the format `name` that says that there is no such user."""
         error = json.dumps({"user": user, "error": NO_SUCH_USER})
         texts = {"text": NO_SUCH_USER + "\n", "json": error + "\n"}
         if name in texts:
             return make_page(404, FORMATS[name], [texts[name]])
-        return make_page(404, FORMATS["html"], [html_error(user, NO_SUCH_USER)])
+        back = f'\n<footer><a href="{self._base}">everybody</a></footer>'
+        return make_page(404, FORMATS["html"], [html_error(user, NO_SUCH_USER, back)])
 
-    def _everybody(self, now: Snapshot, name: str) -> Any:
-        """The list of all users in the format `name`, or the statuses that a feed holds."""
-        if name == "atom":
-            return heapq.nlargest(MAX_FEED, now.users(), key=lambda item: item[1].since)
-        if name == "html":
-            texts: Iterable[str] = [list_html(now, self._base, self._policy)]
-        elif name == "text":
+    def _everybody(self, now: Snapshot, view: View) -> Page:
+        """The list of all users; not a feed."""
+        if view.format == "html":
+            texts: Iterable[str] = [list_html(now, view, self._base, self._policy)]
+        elif view.format == "text":
             texts = (format_users_line(user, status.text) for user, status in now.users())
         else:
             objects = (json_status(user, *status) for user, status in now.users())
             others = (",\n" + each for each in objects)
             texts = itertools.chain(["[", next(objects, "")], others, ["]\n"])
         since = -1 if self._policy.private else now.changed  # which would tell of messages
-        return make_page(200, FORMATS[name], texts, since)
+        return self._made(view, texts, since)
+
+    def _made(self, view: View, texts: Iterable[str], since: float) -> Page:
+        """The page of these texts, which reloads if the client wants that."""
+        page = make_page(200, FORMATS[view.format], texts, since)
+        if view.reload:
+            page.headers["Refresh"] = str(RELOAD_SECONDS)
+        return page
 
     def _feed(
         self, now: Snapshot, user: str, statuses: list[tuple[str, Status]], head: HttpHead
@@ -3350,7 +3429,7 @@ def seconds(text: str) -> float:
 
 def parse_public_url(text: str) -> str:
     """An http(s) address, with a slash at its end."""
-    if not re.fullmatch(r"https?://[!->@-~]+", text) or "#" in text:
+    if not re.fullmatch(rf"https?://{HOST}(/[!$-;=@-~]*)?", text):
         raise argparse.ArgumentTypeError(f"{text!a} is not an http(s) address")
     return text.rstrip("/") + "/"
 
@@ -3553,15 +3632,20 @@ def state_path(options: argparse.Namespace, root: bool) -> pathlib.Path | None:
     return pathlib.Path(os.environ.get("STATE_DIRECTORY", "").split(":")[0] or folder, name)
 
 
-def make_policy(options: argparse.Namespace, finger: list[socket.socket]) -> Policy:
+def make_policy(
+    options: argparse.Namespace, listeners: Mapping[str, list[socket.socket]]
+) -> Policy:
     """The part of the options that decides answers."""
-    own = socket.gethostname()
-    names = ["localhost", own, own.partition(".")[0], *options.hostname]
+    own, ports = socket.gethostname(), {"finger": 0, "setter": 0}
+    ports.update((name, some[0].getsockname()[1]) for name, some in listeners.items() if some)
+    public = urllib.parse.urlsplit(options.public_url).hostname if options.public_url else None
+    names = ["localhost", own, own.partition(".")[0], public or own, *options.hostname]
     return Policy(
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
-        finger_host=options.hostname[0] if options.hostname else own,
-        finger_port=finger[0].getsockname()[1] if finger else 0,
+        finger_host=options.hostname[0] if options.hostname else public or own,
+        finger_port=ports["finger"],
+        setter_port=ports["setter"],
         public_url=options.public_url or "",
     )
 
@@ -3586,7 +3670,7 @@ def build_services(options: argparse.Namespace) -> Services:
     if options.run_as and not identity:
         raise StartError("--run-as: only root can become somebody else")
     listeners, irc = bind(options), irc_options(options)
-    policy = make_policy(options, listeners["finger"])
+    policy = make_policy(options, listeners)
     path, store = state_path(options, bool(identity)), StatusStore()
     if path:
         path = state_folder(path.parent, not options.state, identity) / path.name

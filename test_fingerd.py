@@ -1115,7 +1115,7 @@ class CodecsTest(Case):
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"
         many = "image/*," * fingerd.MAX_RANGES
         self.table(
-            fingerd.choose_format,
+            lambda query, accept: fingerd.parse_view(query, accept).format,
             [
                 (("", ""), "html"),
                 (("", "*/*"), "html"),
@@ -1151,6 +1151,46 @@ class CodecsTest(Case):
                 (("other=json", "text/plain"), "text"),
             ],
         )
+
+    def test_views(self) -> None:
+        view = fingerd.View
+        self.table(
+            fingerd.parse_view,
+            [
+                (("", ""), view("html")),
+                (("sort=name", ""), view("html", by_name=True)),
+                (("sort=new", ""), view("html")),
+                (("sort=name&sort=new", ""), view("html")),
+                (("refresh=30", ""), view("html", reload=True)),
+                (("refresh=1&format=html&sort=name", ""), view("html", by_name=True, reload=True)),
+                (("refresh=30&sort=name", "text/plain"), view("text")),
+                (("refresh=30&sort=name&format=json", ""), view("json")),
+            ],
+        )
+        for query in ("", "?sort=name", "?refresh=30", "?sort=name&amp;refresh=30"):
+            seen = fingerd.parse_view(html.unescape(query[1:]), "")
+            self.assertEqual(seen.query(), query)
+
+    def test_addresses_in_a_status_are_links(self) -> None:
+        for text, wanted in [
+            ("see http://a.example/b?c=d&e", "see [http://a.example/b?c=d&amp;e]"),
+            ("https://a.example.", "[https://a.example]."),
+            ("(http://a/b), http://c!", "([http://a/b]), [http://c]!"),
+            ("http://a/b_(c)?", "[http://a/b_(c)]?"),
+            ("http://\u00e9.example/\u00e9", "[http://\u00e9.example/\u00e9]"),
+            ("http://a http://b", "[http://a] [http://b]"),
+            ('"http://a/"onclick="x', "&quot;[http://a/]&quot;onclick=&quot;x"),
+            ("<http://a/'><script>", "&lt;[http://a/]&#x27;&gt;&lt;script&gt;"),
+            ("http:// https://... http://)", "http:// https://... http://)"),
+            ("javascript:alert(1) ftp://a data:x", "javascript:alert(1) ftp://a data:x"),
+            ("xhttp://a", "x[http://a]"),
+        ]:
+            with self.subTest(text):
+                link = r'<a href="\1" rel="nofollow noopener">\1</a>'
+                wanted = re.sub(r"\[(.*?)\]", link, wanted)
+                self.assertEqual(fingerd.html_status(text), wanted)
+        slow = "http://" + "(" * 990
+        self.assertEqual(fingerd.html_status(slow), slow)
 
     def test_unknown_encodings_are_not_remembered(self) -> None:
         known = len(vars(encodings)["_cache"])
@@ -1867,7 +1907,6 @@ class WebTest(SharedCase):
         for target in ("/", "/moshez", "/nobody"):
             page = self.get(target).body.decode()
             for part in (
-                'http-equiv="refresh"',
                 'rel="icon" href="data:,"',
                 'name="viewport"',
                 "color-scheme: light dark",
@@ -1875,7 +1914,7 @@ class WebTest(SharedCase):
                 'lang="en"',
             ):
                 self.assertIn(part, page, target)
-            self.assertNotRegex(page, r"<script|<img|src=|javascript:|https?://")
+            self.assertNotRegex(page, r"<script|<img|src=|javascript:|https?://|http-equiv")
 
     def test_a_connection_is_kept_or_closed(self) -> None:
         close, keep = "Connection: close", "Connection: keep-alive"
@@ -4882,7 +4921,7 @@ class FuzzTest(Case):
             is_clean(fingerd.path_user(head.path))
         is_clean(fingerd.path_user("/" + latin))
         for query, accept in (("", latin), (latin, ""), ("format=" + latin, latin)):
-            self.assertIn(fingerd.choose_format(query, accept), ["", *fingerd.FORMATS])
+            self.assertIn(fingerd.parse_view(query, accept).format, ["", *fingerd.FORMATS])
         rpc = fingerd.parse_rpc_call(data)
         self.assertEqual((type(rpc.method), type(rpc.params)), (str, tuple))
         self.assertFalse(rpc.fault and rpc.method)
