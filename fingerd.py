@@ -632,21 +632,25 @@ def digest(pieces: Iterable[bytes]) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark; background: Canvas }
 body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto }
 body { padding: 0 1rem }
 h1, p, dt, dd { unicode-bidi: plaintext; overflow-wrap: anywhere }
 h1 { line-height: 1.2 }
 h1 + p { font-size: 1.4rem }
-dl div { display: grid; grid-template-columns: 9rem 1fr auto; gap: 0 1rem; padding: .6rem 0 }
-dl div { border-top: 1px solid #8886 }
+dl { display: grid; grid-template-columns: minmax(auto, 11rem) 1fr auto }
+dt, dd { border-top: 1px solid #8886; margin: 0 0 .6rem; padding: .6rem 1rem 0 0 }
 dt { font-weight: bold }
-dd { margin: 0 }
 dt + dd { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
 dt + dd { overflow: hidden }
+dd + dd { padding-right: 0 }
 time { white-space: nowrap }
 time, nav, footer { opacity: .75; font-size: .9rem }
-@media (max-width: 40rem) { dl div { grid-template-columns: 1fr } }
+@media (max-width: 40rem) {
+dl { grid-template-columns: 1fr }
+dt, dt + dd { margin: 0 }
+dd { border: 0; padding: 0 }
+}
 """
 STYLE_SHA256 = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 CONTENT_SECURITY_POLICY = (
@@ -1464,33 +1468,35 @@ def first_status_html(policy: Policy) -> str:
     )
 
 
+ORDER_LINKS = {  # by whether the list is sorted by name
+    False: 'newest first · <a href="{}">by name</a>',
+    True: '<a href="{}">newest first</a> · by name',
+}
+
+
 def list_html(now: Snapshot, view: View, base: str, policy: Policy) -> str:
     """The page at /: how to ask for a user and, unless that is private, the users."""
     title = f"Statuses at {policy.finger_host}"
-    top = f"<h1>{html.escape(title)}</h1>\n<p>What everybody here is up to</p>\n"
+    heading, usage = f"<h1>{html.escape(title)}</h1>\n", "usage: site/user"
     if policy.private:
-        words = "<p>The list of users is private; a user's own page is not.</p>\n"
-        return html_page(title, f"{top}{words}<nav>usage: site/user</nav>")
-    other = "newest first" if view.by_name else "by name"
+        words = f"<p>The list of users is private here</p>\n<nav>{usage}</nav>"
+        return html_page(title, heading + words)
     links = [
-        "usage: site/user",
-        f'<a href="{base}{view._replace(by_name=not view.by_name).query()}">{other}</a>',
+        usage,
+        ORDER_LINKS[view.by_name].format(base + view._replace(by_name=not view.by_name).query()),
         f'<a href="{base}?format=atom">feed</a>',
         reload_link(base, view),
     ]
-    users = (
-        itertools.islice(now.users(), MAX_PAGE_USERS)
-        if view.by_name
-        else newest(now, MAX_PAGE_USERS)
-    )
+    top = f"{heading}<p>What everybody here is up to</p>\n<nav>{' · '.join(links)}</nav>\n"
+    users = now.users() if view.by_name else newest(now, MAX_PAGE_USERS)
     rows = [
-        f'<div><dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
-        f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd></div>\n"
-        for user, (text, since) in users
+        f'<dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
+        f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd>\n"
+        for user, (text, since) in itertools.islice(users, MAX_PAGE_USERS)
     ]
     listed = f"<dl>\n{''.join(rows)}</dl>\n" if rows else first_status_html(policy)
     more = f"<p>... and {now.size() - len(rows)} more</p>\n" if now.size() > len(rows) else ""
-    return html_page(title, f"{top}<nav>{' · '.join(links)}</nav>\n{listed}{more}", base)
+    return html_page(title, top + listed + more, base)
 
 
 class WebAnswers:

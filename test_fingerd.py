@@ -1874,6 +1874,7 @@ class WebTest(SharedCase):
             page = self.get("/" + path)
             self.assertEqual(page.status, 404)
             self.assertIn(f"<h1>{user}</h1><p>No such user</p>", page.body.decode())
+            self.assertEqual(Links(page.body).hrefs, ["/"])
             self.assertNotIn("x-evil", page.headers)
 
     def test_a_users_page_has_the_spelling_of_the_file(self) -> None:
@@ -1902,6 +1903,43 @@ class WebTest(SharedCase):
         self.assertEqual(found & users, users)
         self.assertNotIn("mute", page.body.decode())
         self.assertIn("<footer>", self.get().body.decode())
+
+    def test_the_newest_status_stands_first_or_the_users_by_name(self) -> None:
+        store = make_store({"b": "one", "a": "two", "c": "three"})
+        store.set("b", "new")
+        policy = fingerd.Policy(finger_host="<host>", public_url="http://h/s/")
+        port = self.server(fingerd.WebServer, store, policy).port
+        rows = [
+            ("/", "bac", ["?sort=name", "?format=atom", "?refresh=30"]),
+            ("/?sort=new&refresh=30", "bac", ["?sort=name&refresh=30", "?format=atom", ""]),
+            ("/?sort=name", "abc", ["", "?format=atom", "?sort=name&refresh=30"]),
+            ("/?sort=name&refresh=30", "abc", ["?refresh=30", "?format=atom", "?sort=name"]),
+        ]
+        for target, order, queries in rows:
+            with self.subTest(target):
+                page = fetch(port, target)
+                links = [f"http://h/s/{rest}" for rest in (*queries, *order)]
+                self.assertEqual(Links(page.body).hrefs, links)
+                self.assertEqual(page.headers.get("refresh"), "30" if "refresh" in target else None)
+                self.assertIn("<h1>Statuses at &lt;host&gt;</h1>", page.body.decode())
+        self.assertEqual(fetch(port, "/a?refresh=30").headers["refresh"], "30")
+        self.assertNotIn("refresh", fetch(port, "/nobody?refresh=30").headers)
+        self.assertNotIn("refresh", fetch(port, "/?refresh=30&format=json").headers)
+
+    def test_an_empty_list_says_how_to_set_the_first_status(self) -> None:
+        for setter, wanted in ((1079, "| nc localhost 1079</code>"), (0, "in the users file.")):
+            policy = fingerd.Policy(setter_port=setter)
+            port = self.server(fingerd.WebServer, make_store({}), policy).port
+            self.assertIn(wanted, fetch(port, "/").body.decode())
+        self.assertNotIn("Nobody has a status", self.get("/").body.decode())
+
+    def test_remembered_pages_are_as_short_as_promised(self) -> None:
+        for text in ("http://" + "&" * 993, '"' * 1_000, "http://" + "\U0001f468" * 993):
+            name = "\U0001f468" * 64
+            port = self.server(fingerd.WebServer, make_store({name: text}), fingerd.Policy()).port
+            page = fetch(port, "/" + urllib.parse.quote(name))
+            self.assertEqual(page.status, 200)
+            self.assertLess(len(page.body), 20_000)
 
     def test_the_pages_need_no_script_and_ask_for_nothing(self) -> None:
         for target in ("/", "/moshez", "/nobody"):
@@ -2247,6 +2285,7 @@ class PrivateTest(SharedCase):
         page = self.get("/")
         self.assertEqual(page.status, 200)
         self.assertIn(b"usage: site/user", page.body)
+        self.assertIn(b"The list of users is private", page.body)
         self.assertNotIn(b"moshez", page.body)
         for name in ("text", "json", "atom"):
             page = self.get(f"/?format={name}")
@@ -2297,6 +2336,9 @@ class PrivateTest(SharedCase):
         hrefs = re.findall(r'href="(.*?)"', feed.body.decode())
         self.assertTrue(hrefs)
         self.assertEqual([h for h in hrefs if not h.startswith("https://www.example/s/moshez")], [])
+        page = self.get("/moshez").body.decode()
+        self.assertRegex(page, r"<code>echo moshez \| nc www.example \d+</code>")
+        self.assertIn("Statuses at www.example", self.get("/").body.decode())
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
