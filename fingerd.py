@@ -87,7 +87,7 @@ MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
-RELOAD_SECONDS = 30  # after which a page reloads, if its reader wants that
+REFRESH_SECONDS = 30  # after which a page reloads, if its reader wants that
 MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take 90 ms
 MAX_HEADERS = 100  # of a request
 MAX_BODY = 65_536  # bytes of a request body
@@ -588,11 +588,11 @@ class View(NamedTuple):
 
     format: str  # a name in FORMATS, or "" if the client accepts none of them
     by_name: bool = False  # the list of users, instead of the newest status first
-    reload: bool = False  # every RELOAD_SECONDS
+    reload: bool = False  # every REFRESH_SECONDS
 
     def query(self) -> str:
         """The query of a link to an HTML page that is seen in this way, in HTML."""
-        words = ["sort=name"] * self.by_name + [f"refresh={RELOAD_SECONDS}"] * self.reload
+        words = ["sort=name"] * self.by_name + [f"refresh={REFRESH_SECONDS}"] * self.reload
         return "?" + "&amp;".join(words) if words else ""
 
 
@@ -1433,7 +1433,7 @@ def finger_links(user: str, policy: Policy) -> list[str]:
 
 def reload_link(url: str, view: View) -> str:
     """A link that makes the page at `url` reload, or stops that."""
-    words = "stop reloading" if view.reload else f"reload every {RELOAD_SECONDS} s"
+    words = "stop reloading" if view.reload else f"reload every {REFRESH_SECONDS} s"
     return f'<a href="{url}{view._replace(reload=not view.reload).query()}">{words}</a>'
 
 
@@ -1528,7 +1528,9 @@ class WebAnswers:
         takes_calls = head.path in ("/", "/RPC2")  # some clients post their calls to /
         if head.method == "POST" and takes_calls:
             return error_page(415) if "content-encoding" in head.headers else None
-        allowed = ["GET", "HEAD"] if head.path != "/RPC2" or self._store.get("RPC2") else []
+        allowed = (
+            ["GET", "HEAD"] if head.path != "/RPC2" or self._store.snapshot().find("RPC2") else []
+        )
         allowed += ["POST"] * takes_calls
         allowed += ["OPTIONS"] * (self._policy.public_url != "" and head.path != "/RPC2")
         if head.method in allowed:
@@ -1607,7 +1609,7 @@ class WebAnswers:
         """The page of these texts, which reloads if the client wants that."""
         page = make_page(200, FORMATS[view.format], texts, since)
         if view.reload:
-            page.headers["Refresh"] = str(RELOAD_SECONDS)
+            page.headers["Refresh"] = str(REFRESH_SECONDS)
         return page
 
     def _feed(
