@@ -2462,8 +2462,9 @@ class Server(socketserver.ThreadingTCPServer):
         """
         if reply:
             connection.received = connection.received[reply.used :]
-            connection.pipelined = reply.used > 0 and connection.received != b""
             connection.closing = reply.close or self.stopping
+            answered = reply.used > 0 and not connection.closing
+            connection.pipelined = answered and connection.received != b""
             connection.unsent = [*reply.pieces]
         piece = connection.unsent.pop(0)
         try:
