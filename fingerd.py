@@ -114,23 +114,24 @@ RELOAD_SECONDS = 0.1  # between two reloads that SIGHUPs ask for
 LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
 
 # Connections, for each server.
-CONNECTIONS = 10_000  # at the same time, if the process may have as many descriptors,
-SPARE_DESCRIPTORS = 64  # and these for everything else
-WORKERS = 64  # threads that compute replies
+CONNECTIONS = 10_000  # at the same time; fewer if the process may not have as many descriptors
+SPARE_DESCRIPTORS = 64  # for everything but connections
+WORKERS = 16  # threads that compute replies; each may delay the loop by COMPUTING_SECONDS
 FINGER_SECONDS = 10.0  # for a query
 SETTER_SECONDS = 60.0  # for a setting
-WEB_SECONDS = 15.0  # for each request, with the idle time before it
-SEND_SECONDS = 10.0  # for a client to take a reply,
-SLOWEST_READER = 100_000  # and a second more for so many bytes of it
-READERS, STALL_SECONDS = 256, 1.0  # clients with a reply in part, before a stalled one is evicted
-DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # of what a client still sends after the last reply
+WEB_SECONDS = 15.0  # for a request, with the idle time before it
+SEND_SECONDS = 10.0  # for a client to take a reply, and a second more for SLOWEST_READER bytes
+SLOWEST_READER = 100_000
+READERS = 256  # clients that may take a reply slowly; of more, one that stalls is evicted
+STALL_SECONDS = 1.0  # without taking anything
+DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
 BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
 BACKLOG = 4_096  # connections that the kernel queues for us
-ACCEPT_BATCH = 64  # connections that are accepted before others are served
+ACCEPT_BATCH = 64  # connections accepted before others are served
 LOOK_SECONDS = 0.5  # between looks for connections whose deadline has passed
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
-QUEUE_SECONDS = 1.0  # of it for the connections that the kernel has queued by then
+QUEUE_SECONDS = 1.0  # for the connections that the kernel has queued by then
 
 # The process.
 COMPUTING_SECONDS = 1e-4  # that a thread computes before another one's turn; at Python's 5 ms,
