@@ -5172,7 +5172,7 @@ class StopTest(Case):
         port = service.port("setter")
         for n in range(100):
             self.keep(connect(port, f"user{n}\nx\n".encode()))
-        until(lambda: service.threads() > 30)
+        until(lambda: service.threads() > fingerd.WORKERS)
         start = time.monotonic()
         self.assertEqual(service.stop(), 0)
         self.assertLess(time.monotonic() - start, 3.0)
