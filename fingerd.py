@@ -84,6 +84,7 @@ MAX_STATUS = 1_000  # characters of a status
 MAX_COMPOSED = 2_000  # characters of a text that is put into NFC, in 4 ms at the most
 MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets no limit)
 MAX_SETTING = 8_192  # bytes of the setter's two lines
+MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
@@ -107,8 +108,10 @@ MAX_FILE_LINE = 8_192  # characters of one line in it
 MAX_USERS = 2_000_000  # users in it
 MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
 MAX_MESSAGES = 100_000  # users with a message of their own
+MAX_DATED = 100_000  # users in the file, if the dates of their lines are kept over a restart
 MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
+EXPIRY_SECONDS = 1.0  # between looks for messages that have come to their end
 FETCH_SECONDS, MAX_REDIRECTS = 10.0, 5  # to get a users file from another server
 RELOAD_SECONDS = 0.1  # between two reloads that SIGHUPs ask for
 LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
@@ -341,6 +344,7 @@ class Setting(NamedTuple):
     user: str
     text: str
     problem: str = ""
+    time: str | None = None  # the words after `user:`, for end_of_message; None without a colon
 
 
 def parse_setting(data: bytes, ended: bool) -> Setting | None:
@@ -352,9 +356,9 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
     if not newline and not ended:
         return None
     line, text = decode(first).rstrip("\r"), clean(decode(second))
-    user = clean(line)
+    user, colon, time_words = map(str.strip, clean(line).partition(":"))
     problem = name_problem(user)
-    if GREETINGS.match(user):
+    if GREETINGS.match(clean(line)):
         problem = "the first line belongs to another protocol"
     if re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
         problem = "the first line holds a control character"
@@ -362,10 +366,41 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
         return Setting("", "", problem)
     if not complete and not ended:
         return None
-    return Setting(user, text, status_problem(text) if rest else "no status line")
+    problem = status_problem(text) if rest else "no status line"
+    return Setting(user, text, problem, time_words if colon else None)
 
 
 # ---- times -------------------------------------------------------------------------------------
+
+PERIODS = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}  # in seconds
+TIMES_UNDERSTOOD = "write 30m, 2h, 3d, 1w, 14:00, 2026-12-24 or 2026-12-24 14:00"
+
+
+def end_of_message(
+    words: str, now: datetime.datetime, seconds: Callable[[datetime.datetime], float]
+) -> tuple[float, str]:
+    """The moment that `words` name, in seconds since 1970; or why it cannot be used.
+
+    `now` is local time, without a zone; `seconds` turns such a time into seconds since 1970.
+    """
+    period = re.fullmatch("([0-9]{1,6})([mhdw])", words)
+    end, day = 0.0, datetime.timedelta(days=1)
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if period:
+            end = seconds(now) + int(period[1]) * PERIODS[period[2]]
+        elif re.fullmatch("[0-9]{1,2}:[0-9]{2}", words):
+            hour, minute = map(int, words.split(":"))
+            moment = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+            end = seconds(moment if moment > now else moment + day)
+        elif re.fullmatch("[0-9]{4}(-[0-9]{2}){2}( [0-9]{2}:[0-9]{2})?", words):
+            moment = datetime.datetime.fromisoformat(words)
+            end = seconds(moment if ":" in words else moment + day)
+    problem, ahead = "", end - seconds(now)
+    if not end:
+        problem = "no such time"
+    elif not 0 < ahead <= MAX_AHEAD:
+        problem = "over a year away" if ahead > 0 else "the time has passed"
+    return end, problem and f"{problem}: {TIMES_UNDERSTOOD}"
 
 
 def format_utc(when: float, form: str) -> str:
@@ -723,9 +758,10 @@ def html_status(text: str) -> str:
     return "".join(parts)
 
 
-def json_status(user: str, text: str, since: float) -> str:
-    """A user's status as a JSON object."""
-    return json.dumps({"user": user, "status": text, "since": iso_time(since)}, ensure_ascii=False)
+def json_status(user: str, text: str, since: float, until: float | None) -> str:
+    """A user's status as a JSON object; `until` is null if it has no end."""
+    times = {"since": iso_time(since), "until": iso_time(until) if until else None}
+    return json.dumps({"user": user, "status": text, **times}, ensure_ascii=False)
 
 
 def user_url(base: str, user: str) -> str:
@@ -903,10 +939,11 @@ def reconnect_delay(attempt: int, jitter: float) -> float:
 
 
 class Status(NamedTuple):
-    """What is shown for a user, and since when (seconds since 1970)."""
+    """What is shown for a user, since when, and until when if that is set (seconds since 1970)."""
 
     text: str
     since: float
+    until: float | None = None
 
 
 class Message(NamedTuple):
@@ -915,7 +952,15 @@ class Message(NamedTuple):
     text: str
     since: float
     covers: str | None  # the text in the file when it was set, None if the user was not there
-    by: str  # the address that set it
+    by: str  # the address or account that set it
+    until: float | None = None  # when it is taken back; None for never
+
+
+class Line(NamedTuple):
+    """A status in the users file, and since when the file says so."""
+
+    text: str
+    since: float
 
 
 class Change(NamedTuple):
@@ -930,15 +975,21 @@ class NotKept(Exception):
     """A message could not be kept, and nothing changed; the text says why in plain words."""
 
 
-class StateFile:
-    """The messages on disk: SQLite, one row for each user, readable with the sqlite3 tool.
+def difference(old: Mapping[str, T], new: Mapping[str, T]) -> dict[str, T | None]:
+    """The changes that make `new` of `old`; None for what is not there any more."""
+    return {key: new.get(key) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
 
-    Opened after privileges are dropped, because SQLite acts on every file that lies beside a
-    database. For one thread at a time.
+
+class StateFile:
+    """The messages on disk, and the dates of the users file's lines.
+
+    SQLite, one row for each user, readable with the sqlite3 tool. Opened after privileges are
+    dropped, because SQLite acts on every file that lies beside a database. For one thread at a
+    time.
     """
 
     APPLICATION_ID = 0x46494E47  # "FING", in the file's header
-    VERSION = 1  # of the schema
+    VERSION = 2  # of the schema
     SCHEMA = f"""
         PRAGMA application_id = {APPLICATION_ID};
         PRAGMA user_version = {VERSION};
@@ -947,12 +998,18 @@ class StateFile:
             text TEXT NOT NULL,
             since REAL NOT NULL,  -- seconds since 1970
             covers TEXT,          -- the users file's text at the time, NULL for none
-            set_by TEXT NOT NULL  -- address
+            set_by TEXT NOT NULL, -- address or account
+            until REAL            -- when it is taken back, NULL for never
+        ) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS lines (
+            user TEXT PRIMARY KEY,
+            text TEXT NOT NULL,
+            since REAL NOT NULL
         ) WITHOUT ROWID;
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Open the file, or make it, and read its `messages`; NotKept if that is not possible."""
+        """Open the file, or make it, and read it; NotKept if that is not possible."""
         try:
             import sqlite3  # slow to import, and not every Python has it
         except ImportError:
@@ -961,7 +1018,7 @@ class StateFile:
         self._path, self._failed = path, False
         try:
             self._open()
-            self.messages = self._load()
+            self.messages, self.lines = self._load()
         except BlockingIOError:
             raise NotKept(f"{path}: another fingerd is using it; stop that one") from None
         except self.errors as problem:
@@ -1001,30 +1058,41 @@ class StateFile:
         self._db.execute("PRAGMA synchronous = FULL")
         # Each commit goes on into the database, so that nothing is lost with the log beside it.
         self._db.execute("PRAGMA wal_autocheckpoint = 1")
-        self._db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} COMMIT")
+        upgrade = "ALTER TABLE messages ADD COLUMN until REAL;" if version == 1 else ""
+        self._db.executescript(f"BEGIN IMMEDIATE; {upgrade} {self.SCHEMA} COMMIT")
         (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise OSError("damaged: " + verdict.splitlines()[-1])
 
-    def _load(self) -> dict[str, Message]:
-        """Every message in the file."""
-        rows = self._db.execute(
-            "SELECT user, text, CAST(since AS REAL), covers, set_by FROM messages"
+    def _load(self) -> tuple[dict[str, Message], dict[str, Line]]:
+        """Everything in the file."""
+        messages = self._db.execute(
+            "SELECT user, text, CAST(since AS REAL), covers, set_by, CAST(until AS REAL)"
+            " FROM messages"
         )
-        return {clean(str(user)): Message(clean(str(text)), *rest) for user, text, *rest in rows}
+        lines = self._db.execute("SELECT user, text, CAST(since AS REAL) FROM lines")
+        return (
+            {clean(str(user)): Message(clean(str(text)), *more) for user, text, *more in messages},
+            {user: Line(*more) for user, *more in lines},
+        )
 
-    def write(self, changes: Mapping[str, Message | None], before: Mapping[str, Message]) -> None:
-        """Put all of `changes` on disk, None to forget; or none, and NotKept says why.
+    def write(
+        self,
+        messages: Mapping[str, Message | None],
+        lines: Mapping[str, Line | None],
+        before: Snapshot,
+    ) -> None:
+        """Put all these changes on disk, None to forget; or none, and NotKept says why.
 
         If the file is not the one that was opened, or if the last write failed, it is opened again
-        and made to hold the messages `before` first.
+        and made to hold what was valid `before` first.
         """
         try:
             is_same = self._is_the_same()
             if self._failed or not is_same:
                 self._reopen(before, is_same)
             self._failed = True
-            self._commit(changes)
+            self._commit(messages, lines)
             self._failed = False
         except self.errors as problem:
             self._opened.close()  # that also removes from the log what was not committed
@@ -1039,27 +1107,29 @@ class StateFile:
                 return True
         return False
 
-    def _reopen(self, messages: Mapping[str, Message], is_same: bool) -> None:
-        """Open the file that is there now, or a new one, and make it hold just `messages`."""
+    def _reopen(self, before: Snapshot, is_same: bool) -> None:
+        """Open the file that is there now, or a new one, and make it hold `before`, no more."""
         self._opened.close()
         for log_of_another in () if is_same else ("-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self._path}{log_of_another}")
         self._open()
-        found = self._load()
-        users = {user for user in found.keys() | messages if found.get(user) != messages.get(user)}
-        self._commit({user: messages.get(user) for user in users})
-        log.warning("%s: opened again, with %d messages written anew", self._path, len(users))
+        messages, lines = self._load()
+        self._commit(difference(messages, before.messages), difference(lines, before.lines()))
+        log.warning("%s: opened again, and put right", self._path)
 
-    def _commit(self, changes: Mapping[str, Message | None]) -> None:
-        """Carry `changes` out in one transaction."""
+    def _commit(
+        self, messages: Mapping[str, Message | None], lines: Mapping[str, Line | None]
+    ) -> None:
+        """Carry these changes out in one transaction."""
         self._db.execute("BEGIN IMMEDIATE")
-        for user, message in changes.items():
-            if message:
-                row = (user, *message)
-                self._db.execute("REPLACE INTO messages VALUES (?, ?, ?, ?, ?)", row)
-            else:
-                self._db.execute("DELETE FROM messages WHERE user = ?", (user,))
+        for table, changes in {"messages": messages, "lines": lines}.items():
+            for user, row in changes.items():
+                if row:
+                    places = ", ?" * len(row)
+                    self._db.execute(f"REPLACE INTO {table} VALUES (?{places})", (user, *row))
+                else:
+                    self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
         self._db.execute("COMMIT")
 
     def close(self) -> None:
@@ -1120,7 +1190,7 @@ class Snapshot(NamedTuple):
         """The user's status, or None if there is none."""
         line, message = self.file.get(user), self.messages.get(user)
         if message and message.covers == line:
-            return Status(message.text, message.since)
+            return Status(message.text, message.since, message.until)
         return Status(line, self.dates.get(user, self.loaded)) if line else None
 
     def find(self, name: str) -> str:
@@ -1144,6 +1214,27 @@ class Snapshot(NamedTuple):
         """How many users have a status."""
         return len(self.names) + len(self.others)
 
+    def lines(self) -> dict[str, Line]:
+        """The statuses of the users file, unless they are too many to keep their dates."""
+        if len(self.file) > MAX_DATED:
+            return {}
+        dates, loaded = self.dates, self.loaded
+        return {u: Line(text, dates.get(u, loaded)) for u, text in self.file.items() if text}
+
+    def outdated(self) -> list[str]:
+        """The users whose messages cover another text than the users file has."""
+        file = self.file
+        return [u for u, each in self.messages.items() if file.get(u, each.covers) != each.covers]
+
+    def expired(self, now: float) -> list[str]:
+        """The users whose messages have come to their end."""
+        return [user for user, each in self.messages.items() if each.until and each.until <= now]
+
+    def without(self, users: list[str]) -> Snapshot:
+        """The snapshot without the messages of `users`."""
+        left = self.messages.keys() - users
+        return self._replace(messages={user: self.messages[user] for user in left})
+
     def with_others(self) -> Snapshot:
         """The snapshot with the `others` that follow from its `file` and `messages`."""
         others = [user for user in self.messages if not self.file.get(user) and self.text(user)]
@@ -1153,8 +1244,8 @@ class Snapshot(NamedTuple):
 class _Order:
     """A call of `set` that waits for its commit."""
 
-    def __init__(self, user: str, text: str, by: str) -> None:
-        self.user, self.text, self.by = user, text, by
+    def __init__(self, user: str, text: str, by: str, until: float | None) -> None:
+        self.user, self.text, self.by, self.until = user, text, by, until
         self.problem = "could not be kept"  # "" once it is
         self.done = threading.Event()
 
@@ -1172,19 +1263,27 @@ class StatusStore:
         self._state: StateFile | None = None
         self._writing, self._queueing = threading.Lock(), threading.Lock()
         self._orders: list[_Order] = []  # those that wait for the next commit
+        self._next_end = 0.0  # no message comes to its end before
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
 
     def restore(self, state: StateFile) -> None:
-        """Show the messages in `state`, and keep all later ones there.
+        """Show the messages in `state`, date the file's lines by it, and keep all changes there.
 
         Called once, after the users file was loaded; no change is announced.
         """
         with self._writing:
-            self._state, self._now = state, self._now._replace(messages=state.messages)
-            new = self._now._replace(messages=self._forget_outdated(self._now.file))
-            latest = max((message.since for message in new.messages.values()), default=0.0)
-            self._publish(new.with_others(), max(new.changed, latest), ())
+            now, lines = self._now, self._now.lines()
+            kept = {
+                user: line.since
+                for user, line in state.lines.items()
+                if user in lines and lines[user].text == line.text
+            }
+            now = self._now = now._replace(messages=state.messages, dates=kept)
+            self._state, over = state, now.outdated() + now.expired(time.time())
+            self._forget(over, difference(state.lines, now.lines()))
+            latest = max((message.since for message in now.messages.values()), default=0.0)
+            self._publish(now.without(over).with_others(), max(now.changed, latest), ())
 
     def snapshot(self) -> Snapshot:
         """All that is visible now, consistent in itself."""
@@ -1223,33 +1322,46 @@ class StatusStore:
                 file=texts,
                 loaded=when if first else old.loaded,
                 dates=dates,
-                messages=self._forget_outdated(texts),
                 names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
                 file_cased=old.file_cased if same_users else cased(texts),
             )
-            self._publish(new.with_others(), when, () if first else changed)
+            lines: dict[str, Line | None] = {}
+            if self._state and len(texts) <= MAX_DATED:
+                users = (*changed, *gone)
+                lines = {u: Line(texts[u], when) if texts.get(u) else None for u in users}
+            outdated = new.outdated()
+            self._forget(outdated, lines)
+            self._publish(new.without(outdated).with_others(), when, () if first else changed)
         return True
 
-    def _forget_outdated(self, texts: Mapping[str, str]) -> dict[str, Message]:
-        """The messages without those that cover another text than the line in `texts`."""
-        messages = self._now.messages
-        outdated = [
-            user for user, (*_, covers, _) in messages.items() if texts.get(user, covers) != covers
-        ]
+    def expire(self, now: float) -> None:
+        """Take back the messages that have come to their end. It costs nothing if there is none."""
+        if now < self._next_end:
+            return
+        with self._writing:
+            over = self._now.expired(now)
+            new = self._now.without(over)
+            ends = (message.until for message in new.messages.values() if message.until)
+            self._next_end = min(ends, default=math.inf)
+            if over:
+                self._forget(over, {})
+                self._publish(new.with_others(), now, over)
+
+    def _forget(self, users: list[str], lines: Mapping[str, Line | None]) -> None:
+        """Remove the messages of `users` from the disk, and keep the dates of `lines` there."""
         try:
-            if self._state and outdated:
-                self._state.write(dict.fromkeys(outdated), messages)
+            if self._state and (users or lines):
+                self._state.write(dict.fromkeys(users), lines, self._now)
         except NotKept as problem:  # the next write or start puts it right
             log.warning("the state file: %s", problem)
-        return {user: messages[user] for user in messages.keys() - outdated}
 
-    def set(self, user: str, text: str, by: str = "") -> None:
+    def set(self, user: str, text: str, by: str = "", until: float | None = None) -> None:
         """Set the user's message, "" to take it back; returns once that is on disk and visible.
 
         Raises NotKept, with nothing changed, if that is not possible. The first to queue up behind
         the present commit makes the next one for all who have queued up by then.
         """
-        order = _Order(user, text, by)
+        order = _Order(user, text, by, until)
         with self._queueing:
             self._orders.append(order)
             is_first = len(self._orders) == 1
@@ -1281,14 +1393,15 @@ class StatusStore:
                 continue
             if order.text:
                 covers = old.file.get(order.user)
-                messages[order.user] = Message(order.text, when, covers, order.by)
+                messages[order.user] = Message(order.text, when, covers, order.by, order.until)
+                self._next_end = min(self._next_end, order.until or math.inf)
             else:
                 messages.pop(order.user, None)
             changes[order.user] = messages.get(order.user)
             accepted.append(order)
         try:
             if self._state:
-                self._state.write(changes, old.messages)
+                self._state.write(changes, {}, old)
         except NotKept as problem:
             log.error("the state file: %s", problem)
             return
@@ -1347,9 +1460,9 @@ def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
         return "Finger online user list denied\r\n"
     lines: list[str] = []
     room = MAX_LISTING - len("... and 2000000 more\r\n")
-    for user, (text, when) in now.users():
-        since = f" (since {plain_time(when)})" if long else ""
-        lines.append(f"{user}: {text}{since}\r\n")
+    for user, status in now.users():
+        since = f" (since {plain_time(status.since)})" if long else ""
+        lines.append(f"{user}: {status.text}{since}\r\n")
         room -= len(lines[-1].encode())
         if room <= 0:
             lines[-1] = f"... and {now.size() - len(lines) + 1} more\r\n"
@@ -1373,7 +1486,8 @@ def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: st
     if status is None:
         return (now.text(user) or NO_SUCH_USER) + "\r\n"
     since = plain_time(status.since)
-    return f"Login: {user}\r\nStatus: {status.text}\r\nSince: {since}\r\n"
+    until = f"Until: {plain_time(status.until)}\r\n" if status.until else ""
+    return f"Login: {user}\r\nStatus: {status.text}\r\nSince: {since}\r\n{until}"
 
 
 # ---- web ---------------------------------------------------------------------------------------
@@ -1447,9 +1561,10 @@ def user_html(user: str, status: Status, view: View, base: str, policy: Policy) 
         f'<a href="{url}?format=atom">feed</a>',
         reload_link(url, view),
     ]
+    until = f", until {html_time(status.until)}" if status.until else ""
     main = (
         f"<h1>{html.escape(user)}</h1><p>{html_status(status.text)}</p>\n"
-        f"<p>since {html_time(status.since)}</p>\n<footer>{' · '.join(links)}</footer>"
+        f"<p>since {html_time(status.since)}{until}</p>\n<footer>{' · '.join(links)}</footer>"
     )
     return html_page(user, main, url)
 
@@ -1493,7 +1608,7 @@ def list_html(now: Snapshot, view: View, base: str, policy: Policy) -> str:
     rows = [
         f'<dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
         f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd>\n"
-        for user, (text, since) in itertools.islice(users, MAX_PAGE_USERS)
+        for user, (text, since, _) in itertools.islice(users, MAX_PAGE_USERS)
     ]
     listed = f"<dl>\n{''.join(rows)}</dl>\n" if rows else first_status_html(policy)
     more = f"<p>... and {now.size() - len(rows)} more</p>\n" if now.size() > len(rows) else ""
@@ -1633,7 +1748,7 @@ class WebAnswers:
                 updated=iso_time(since),
                 url=user_url(base, name),
             )
-            for name, (text, since) in statuses
+            for name, (text, since, _) in statuses
         ]
         feed = ATOM_FEED.format(
             id=user_url(root, user),
@@ -1689,7 +1804,9 @@ def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
 LIST_USERS = RpcCall("listUsers")
+RPC_TIME = "%Y%m%dT%H:%M:%S"
 RPC_TYPES = {  # of each method's result, then of its parameters
+    "getStatus": ["struct", "string"],
     "getUser": ["string", "string"],
     "listUsers": ["struct"],
     "system.listMethods": ["array"],
@@ -1711,6 +1828,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         super().__init__()
         self._store, self._policy = store, policy
         self._listed: tuple[int, Page] | None = None  # the store's version, and its listUsers
+        self.register_function(self._get_status, "getStatus")
         self.register_function(self._get_user, "getUser")
         self.register_function(self._list_users, "listUsers")
         self.register_introspection_functions()
@@ -1750,6 +1868,17 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         return super()._dispatch(method, params)
 
     # The library's methodHelp shows the docstrings of the methods below.
+
+    def _get_status(self, name: Any) -> Any:
+        """The user's status, and its times in UTC; a fault if there is none."""
+        now = self._store.snapshot()
+        user = now.find(clean(name))
+        status = now.get(user)
+        if status is None:
+            raise xmlrpc.client.Fault(DENIED, NO_SUCH_USER)
+        times = {"since": status.since, "until": status.until}
+        dates = {k: xmlrpc.client.DateTime(format_utc(t, RPC_TIME)) for k, t in times.items() if t}
+        return {"user": user, "status": status.text, **dates}
 
     def _get_user(self, name: Any) -> Any:
         """The user's status, or "No such user"."""
@@ -2637,21 +2766,29 @@ class SetterServer(Server):
         if setting is None:
             return None
 
+        until: float | None = None
+        problem = setting.problem
+        if setting.time is not None and not problem:
+            now, seconds = datetime.datetime.now(), datetime.datetime.timestamp
+            until, problem = end_of_message(setting.time, now, seconds)
+
         def answer(problem: str) -> Reply:
             log.debug("setter: %s: %a: %s", connection, setting.user, problem or "OK")
-            ok = "OK until fingerd restarts" if self.store.lost_at_restart else "OK"
+            ends = [plain_time(until)] if until and setting.text else []
+            ends += ["fingerd restarts"] if self.store.lost_at_restart else []
+            ok = f"OK until {' or '.join(ends)}" if ends else "OK"
             line = f"ERROR {problem}\r\n" if problem else f"{ok}\r\n"
             return Reply([line.encode()], len(received), close=True)
 
-        if setting.problem:
-            return answer(setting.problem)
-        return lambda: answer(self.keep_message(setting, str(connection)))
+        if problem:
+            return answer(problem)
+        return lambda: answer(self.keep_message(setting, until, str(connection)))
 
-    def keep_message(self, setting: Setting, address: str) -> str:
+    def keep_message(self, setting: Setting, until: float | None, address: str) -> str:
         """Set the message; returns why it cannot be kept, or ""."""
         try:
             self.refresh()
-            self.store.set(setting.user, setting.text, address)
+            self.store.set(setting.user, setting.text, address, until)
         except NotKept as problem:
             return str(problem)
         return ""
@@ -3057,7 +3194,21 @@ class Reloader(threading.Timer):
                 self._problems = users.problems
                 for problem in users.problems:
                     log.warning("%s:%s", self._source, problem)
-                log.info("%s: %d users", self._source, len(users.texts))
+                told = sum(map(bool, users.texts.values()))
+                log.info("%s: %d users, %d with a status", self._source, len(users.texts), told)
+
+
+class Expirer(threading.Timer):
+    """Takes back the messages that have come to their end, within a second or two."""
+
+    def __init__(self, store: StatusStore) -> None:
+        super().__init__(EXPIRY_SECONDS, lambda: store.expire(time.time()))
+        self.daemon, self.name = True, "expirer"
+
+    def run(self) -> None:
+        """Look at the clock again and again until cancelled."""
+        while not self.finished.wait(self.interval):
+            self.function()
 
 
 # ---- IRC -------------------------------------------------------------------------------------
@@ -3406,6 +3557,8 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
             raise StartError(f"{problem} (see --state)") from None
         store.lost_at_restart = True
         log.warning("messages will be lost when fingerd ends: %s", problem)
+    else:
+        log.info("state: %s, %d messages", path, len(store.snapshot().messages))
 
 
 # ================================================================================================
@@ -3665,6 +3818,7 @@ class Services(NamedTuple):
 
     store: StatusStore
     reloader: Reloader
+    expirer: Expirer
     servers: list[Server]
     bot: IrcBot | None
 
@@ -3703,7 +3857,7 @@ def build_services(options: argparse.Namespace) -> Services:
         *(SetterServer(listener, store, reloader.refresh) for listener in listeners["setter"]),
         *(WebServer(listener, store, policy) for listener in listeners["web"]),
     ]
-    return Services(store, reloader, servers, bot)
+    return Services(store, reloader, Expirer(store), servers, bot)
 
 
 def start(services: Services) -> None:
@@ -3712,6 +3866,7 @@ def start(services: Services) -> None:
     for server in services.servers:
         threading.Thread(target=server.serve_forever, name=server.name, daemon=True).start()
     services.reloader.start()
+    services.expirer.start()
     if services.bot:
         services.bot.start()
     notify("READY=1")
@@ -3722,6 +3877,7 @@ def stop(services: Services) -> None:
     """Stop all services at the same time, and then close the store."""
     notify("STOPPING=1")
     services.reloader.cancel()
+    services.expirer.cancel()
     deadline = time.monotonic() + STOP_SECONDS
     stoppers = [
         threading.Thread(target=server.stop, args=(deadline,)) for server in services.servers

@@ -33,6 +33,7 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import datetime
 import dis
 import encodings
 import faulthandler
@@ -756,6 +757,13 @@ class CodecsTest(Case):
             (b"John Doe\n: @ /\n", Setting("John Doe", ": @ /"), None),
             (b"moshez\n" + b"x" * 1000 + b"\n", Setting("moshez", "x" * 1000), None),
             (b"moshez\nhi", None, Setting("moshez", "hi")),
+            (b"moshez: 2h\nhi\n", Setting("moshez", "hi", "", "2h"), None),
+            (
+                b" moshez:2026-12-24 14:00 \r\nhi\n",
+                Setting("moshez", "hi", "", "2026-12-24 14:00"),
+                None,
+            ),
+            (b"moshez:\n\n", Setting("moshez", "", "", ""), None),
         ]
         for data, so_far, at_the_end in rows:
             with self.subTest(data):
@@ -765,12 +773,67 @@ class CodecsTest(Case):
                 for size in range(len(line) + 1):
                     self.assertIsNone(fingerd.parse_setting(line[:size], False))
 
+    def test_ends_of_messages(self) -> None:
+        def local(text: str) -> datetime.datetime:
+            return datetime.datetime.fromisoformat(text)
+
+        def seconds(moment: datetime.datetime) -> float:
+            return moment.replace(tzinfo=datetime.timezone(datetime.timedelta(hours=1))).timestamp()
+
+        now, passed, far = local("2026-11-25 13:10:30"), "has passed", "over a year"
+        for words, wanted in {
+            "30m": "2026-11-25 13:40:30",
+            "2h": "2026-11-25 15:10:30",
+            "3d": "2026-11-28 13:10:30",
+            "1w": "2026-12-02 13:10:30",
+            "366d": "2027-11-26 13:10:30",
+            "14:00": "2026-11-25 14:00:00",
+            "9:05": "2026-11-26 09:05:00",
+            "13:10": "2026-11-26 13:10:00",
+            "13:11": "2026-11-25 13:11:00",
+            "00:00": "2026-11-26 00:00:00",
+            "2026-11-25": "2026-11-26 00:00:00",
+            "2026-12-31": "2027-01-01 00:00:00",
+            "2026-12-24 14:00": "2026-12-24 14:00:00",
+            "2027-11-25": "2027-11-26 00:00:00",
+        }.items():
+            with self.subTest(words):
+                wanted_seconds = seconds(local(wanted))
+                self.assertEqual(fingerd.end_of_message(words, now, seconds), (wanted_seconds, ""))
+        for words, problem in {
+            **dict.fromkeys(("0m", "000d", "2026-11-24", "2026-11-25 13:10", "0001-01-01"), passed),
+            **dict.fromkeys(("367d", "999999w", "2027-11-27", "2028-01-01 00:00"), far),
+        }.items():
+            with self.subTest(words):
+                found = fingerd.end_of_message(words, now, seconds)[1]
+                self.assertRegex(found, f"{problem}.*: write 30m, 2h, 3d, 1w, 14:00, ")
+        nothing = """|x|2|h|2 h|2H|-2h|+2h|2h30m|1.5h|1y|1s|9999999h|24:00|14:60|1400|14|14:0|14.00
+            now|\u0662h|2026-11-31|2026-13-01|2026-1-1|20261224|2026-12-24T14:00|2026-12-24 24:00
+            2026-12-24 14:00:00|2026-12-24 14:00+02:00|2026-W52-4|24.12.2026|0000-01-01|9999-12-31
+            moshez|14:00 2026-12-24|2h\x00|2h: x|12:00 pm"""
+        for words in nothing.replace("\n", "|").split("|"):
+            with self.subTest(words.strip()):
+                found = fingerd.end_of_message(words.strip(), now, seconds)[1]
+                self.assertRegex(found, "^no such time: write 30m")
+
     def test_settings_that_cannot_be_honoured(self) -> None:
         for data in (b"", b"moshez", b"moshez\n"):
             with self.subTest(data):
                 self.assertIsNone(fingerd.parse_setting(data, False))
                 self.assertTrue(fingerd.parse_setting(data, True).problem)
-        for line in (b"", b"  ", b"a:b", b"a@b", b"/a", b"#a", b"..", b"x" * 65, b"\xe9"):
+        for line in (
+            b"",
+            b"  ",
+            b":",
+            b": 2h",
+            b"a@b",
+            b"a@b: 2h",
+            b"/a",
+            b"#a",
+            b"..",
+            b"x" * 65,
+            b"\xe9",
+        ):
             self.refuses_the_line(line, "name")
         for data in (b"moshez\n" + b"x" * 1001 + b"\n", b"x" * 8193, b"moshez\n" + b"\0" * 8192):
             with self.subTest(data[:20]):
@@ -780,7 +843,7 @@ class CodecsTest(Case):
         """Checks that the setter refuses a first line before it has seen the second one."""
         for end in (b"\n", b"\r\n", b"\nhi\n", b"\r\nhi\r\n"):
             with self.subTest(line + end):
-                user, text, found = fingerd.parse_setting(line + end, False)
+                user, text, found, _ = fingerd.parse_setting(line + end, False)
                 self.assertEqual((user, text), ("", ""))
                 self.assertIn(problem, found)
 
@@ -1337,16 +1400,16 @@ class StoreTest(Case):
                 self.assertEqual(texts_of(store), shown)
 
     def test_since_is_when_the_text_became_visible(self) -> None:
-        self.assertEqual(self.store.get("moshez"), ("file", 1000.0))
+        self.assertEqual(self.store.get("moshez"), fingerd.Status("file", 1000.0))
         self.load(2000.0, moshez="file", shawn="new")
-        self.assertEqual(self.store.get("moshez"), ("file", 1000.0))
-        self.assertEqual(self.store.get("shawn"), ("new", 2000.0))
+        self.assertEqual(self.store.get("moshez"), fingerd.Status("file", 1000.0))
+        self.assertEqual(self.store.get("shawn"), fingerd.Status("new", 2000.0))
         before = time.time()
         self.store.set("moshez", "mine")
         since = self.store.get("moshez").since
         self.assertTrue(before <= since <= time.time())
         self.load(3000.0, moshez="file")
-        self.assertEqual(self.store.get("moshez"), ("mine", since))
+        self.assertEqual(self.store.get("moshez"), fingerd.Status("mine", since))
 
     def test_changes_come_oldest_first_and_only_if_something_shows(self) -> None:
         start = self.store.version
@@ -1402,7 +1465,9 @@ class StoreTest(Case):
 
     def test_two_spellings_of_a_new_name_make_one_user(self) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        self.store.restore(mock.Mock(messages={}, write=lambda *_: begun.set() or go_on.wait()))
+        lines = self.store.snapshot().lines()
+        slow_write = mock.Mock(side_effect=lambda *_: begun.set() or go_on.wait())
+        self.store.restore(mock.Mock(messages={}, lines=lines, write=slow_write))
         with ThreadPoolExecutor(4) as pool:
             pool.submit(self.store.set, "first", "x")
             begun.wait()
@@ -1413,6 +1478,32 @@ class StoreTest(Case):
             go_on.set()
         self.assertEqual(texts_of(self.store)["Guest"], "set as GUEST")
         self.assertEqual(self.store.snapshot().size(), 4)
+
+    def test_a_message_comes_to_its_end(self) -> None:
+        end, store = time.time() + 1_000, self.store
+        for user, until in (("moshez", end), ("guest", end + 1), ("shawn", end), ("mute", None)):
+            store.set(user, "mine", until=until)
+        store.set("shawn", "for good")
+        self.assertEqual(store.get("moshez").until, end)
+        for moment, users in (
+            (end - 1, {"moshez": "mine", "guest": "mine"}),
+            (end, {"moshez": "file", "guest": "mine"}),
+            (end + 1, {"moshez": "file"}),
+            (end - 500, {"moshez": "file"}),  # a clock that was put back
+        ):
+            before, old = texts_of(store), store.version
+            store.expire(moment)
+            self.assertEqual(texts_of(store), {**users, "mute": "mine", "shawn": "for good"})
+            self.assertEqual(store.version > old, before != texts_of(store))
+        self.assertEqual([c.text for c in store.changes_after(0) if c.user == "moshez"][-1], "file")
+        self.assertEqual(store.get("moshez"), fingerd.Status("file", 1000.0))
+        store.set("moshez", "again", until=end + 9)
+        store.expire(end + 8)
+        self.assertEqual(store.get("moshez").text, "again")
+        self.load(2000.0, shawn="alive")
+        store.expire(end + 9)
+        self.load(3000.0, moshez="file")
+        self.assertEqual(store.get("moshez").text, "file")
 
     def test_a_snapshot_never_changes(self) -> None:
         now = self.store.snapshot()
@@ -1449,6 +1540,78 @@ class StateFileTest(Case):
                 store.set("moshez", "mine")
             store.close()
             self.assertEqual(seen, {"moshez": text})
+
+    def test_a_message_that_came_to_its_end_while_the_service_was_down(self) -> None:
+        store, now = self.run_over(moshez="file"), time.time()
+        store.set("moshez", "mine", until=now - 1)
+        store.set("guest", "mine", until=now + 1_000)
+        store.close()
+        for _ in range(2):
+            store = self.run_over(moshez="file")
+            self.assertEqual(texts_of(store), {"moshez": "file", "guest": "mine"})
+            self.assertEqual(store.get("guest").until, now + 1_000)
+            self.assertEqual(store.changes_after(0), [])
+            store.close()
+        store = self.run_over()
+        store.expire(now + 1_000)
+        store.close()
+        db = self.keep(sqlite3.connect(self.path))
+        self.assertEqual(db.execute("SELECT user FROM messages").fetchall(), [])
+
+    VERSION_1: ClassVar = """
+        PRAGMA journal_mode = WAL; PRAGMA application_id = 0x46494E47; PRAGMA user_version = 1;
+        CREATE TABLE messages (user TEXT PRIMARY KEY, text TEXT NOT NULL, since REAL NOT NULL,
+            covers TEXT, set_by TEXT NOT NULL) WITHOUT ROWID;
+        INSERT INTO messages VALUES ('moshez', 'mine', 1700000000.25, 'file', '127.0.0.1'),
+            ('zo\u00e9', 'caf\u00e9', 1700000001.0, NULL, '::1'), ('shawn', 'x', 1.0, 'old', 'x');
+    """
+
+    def test_a_file_of_version_1_is_taken_over(self) -> None:
+        db = sqlite3.connect(self.path)
+        db.executescript(self.VERSION_1)
+        db.close()
+        for _ in range(2):
+            store = self.run_over(moshez="file", shawn="alive")
+            wanted = {"moshez": "mine", "shawn": "alive", "zo\u00e9": "caf\u00e9"}
+            self.assertEqual(texts_of(store), wanted)
+            self.assertEqual(store.get("moshez"), fingerd.Status("mine", 1700000000.25))
+            store.close()
+        store = self.run_over(moshez="file", shawn="alive")
+        store.set("shawn", "new", "::1", 1e12)
+        store.close()
+        db = self.keep(sqlite3.connect(self.path))
+        self.assertEqual(db.execute("PRAGMA user_version").fetchone(), (2,))
+        rows = db.execute("SELECT user, covers, set_by, until FROM messages").fetchall()
+        self.assertEqual(
+            rows[:2], [("moshez", "file", "127.0.0.1", None), ("shawn", "alive", "::1", 1e12)]
+        )
+
+    def since(self, when: float, **texts: str) -> dict[str, float]:
+        """The dates in a store whose file has said this since `when`."""
+        store = fingerd.StatusStore()
+        store.replace_file(texts, when)
+        store.restore(fingerd.StateFile(self.path))
+        self.addCleanup(store.close)
+        store.close()
+        return {user: status.since for user, status in store.snapshot().users()}
+
+    def test_lines_keep_their_dates_over_a_restart(self) -> None:
+        self.assertEqual(self.since(1.0, a="x", b="x"), {"a": 1.0, "b": 1.0})
+        self.assertEqual(self.since(2.0, a="x", b="y", c="z"), {"a": 1.0, "b": 2.0, "c": 2.0})
+        self.assertEqual(self.since(3.0, a="x", b="y", c="", d=""), {"a": 1.0, "b": 2.0})
+        self.assertEqual(self.since(4.0, b="y", c="z"), {"b": 2.0, "c": 4.0})
+        store = self.run_over(b="y", c="z")
+        store.replace_file({"a": "x", "b": "new", "c": "z", "e": ""}, 5000.0)
+        store.close()
+        write = mock.patch.object(fingerd.StateFile, "_commit")
+        with write as written:  # nothing is, if nothing changed
+            self.assertEqual(
+                self.since(6.0, a="x", b="new", c="z"), {"a": 5000.0, "b": 5000.0, "c": 4.0}
+            )
+        written.assert_not_called()
+        self.patch(MAX_DATED=2)
+        self.assertEqual(self.since(7.0, a="x", b="new", c="z"), {"a": 7.0, "b": 7.0, "c": 7.0})
+        self.assertEqual(self.since(8.0, a="x", b="new"), {"a": 8.0, "b": 8.0})
 
 
 # ================================================================================================
@@ -1746,6 +1909,38 @@ class SetterTest(SharedCase):
         self.assertIn("\r\nGuest: still here\r\n", "\r\n" + self.service.finger(""))
         self.service.set("guest", "")
         self.assertEqual(self.service.finger("Guest"), "No such user\r\n")
+
+    def test_a_message_with_an_end_says_so_everywhere(self) -> None:
+        before = int(time.time()) // 60
+        answer = self.service.set("moshez: 2h", "Out for lunch")
+        ends = [fingerd.plain_time(60.0 * minute) for minute in range(before + 120, before + 123)]
+        self.assertIn(answer, [f"OK until {end}\r\n" for end in ends])
+        end = answer[len("OK until ") : -len("\r\n")]
+        self.assertRegex(self.service.finger("/W moshez"), f"Since: .*\r\nUntil: {end}\r\n$")
+        self.assertEqual(self.service.finger("moshez"), "Out for lunch\r\n")
+        found = json.loads(self.get("/moshez?format=json").body)["until"]
+        self.assertEqual(found[:16].replace("T", " ") + " UTC", end)
+        self.assertIn(f">{end}</time>", self.get().body.decode())
+        status = self.rpc().getStatus("moshez")
+        self.assertEqual((status["user"], status["status"]), ("moshez", "Out for lunch"))
+        self.assertEqual(set(status), {"user", "status", "since", "until"})
+        until = time.strptime(status["until"].value, "%Y%m%dT%H:%M:%S")
+        self.assertEqual(time.strftime("%Y-%m-%d %H:%M UTC", until), end)
+        self.assertEqual(self.service.set("moshez: 2h", ""), "OK\r\n")
+        self.assertNotIn("Until", self.service.finger("/W moshez"))
+        self.assertEqual(set(self.rpc().getStatus("moshez")), {"user", "status", "since"})
+        self.assertEqual(self.fault(self.rpc().getStatus, "nobody")[1], "No such user")
+
+    def test_an_end_that_is_no_time_changes_nothing(self) -> None:
+        for words, problem in (
+            ("moshez:", "no such time"),
+            ("moshez: soon", "no such time"),
+            ("moshez: 2000-01-01", "the time has passed"),
+            ("moshez: 99w", "over a year away"),
+        ):
+            answer = self.service.set(words, "hi")
+            self.assertRegex(answer, rf"\AERROR {problem}: write 30m, [^\r\n]+\r\n\Z")
+            self.assertEqual(self.service.finger("moshez"), "Happy and well\r\n")
 
     def test_a_half_close_ends_the_second_line(self) -> None:
         self.assertEqual(ask(self.service.port("setter"), b"guest\nhello"), b"OK\r\n")
@@ -2169,7 +2364,7 @@ class WebTest(SharedCase):
     def test_json(self) -> None:
         one = json.loads(self.get("/moshez?format=json").body)
         self.assertEqual((one["user"], one["status"]), ("moshez", "Happy and well"))
-        self.assertEqual(set(one), {"user", "status", "since"})
+        self.assertEqual(set(one), {"user", "status", "since", "until"})
         self.assertRegex(one["since"], ISO)
         everybody = json.loads(self.get("/?format=json").body)
         self.assertEqual([item["user"] for item in everybody], sorted(i["user"] for i in everybody))
@@ -2358,6 +2553,7 @@ class XmlRpcTest(SharedCase):
         everybody = [line.split(": ") for line in MANY.splitlines() if line != "mute:"]
         self.assertEqual(proxy.listUsers(), dict(everybody))
         methods = [
+            "getStatus",
             "getUser",
             "listUsers",
             *(
@@ -4028,6 +4224,9 @@ def python_for_everybody() -> str:
     raise unittest.SkipTest("no Python that somebody else could run")
 
 
+EMPTY = fingerd.Snapshot()
+
+
 class DurabilityTest(Case):
     def test_kill_keeps_what_was_acknowledged(self) -> None:
         service, chance, numbers = self.launch(), random.Random(SEED), itertools.count()
@@ -4066,11 +4265,11 @@ class DurabilityTest(Case):
         self.addCleanup(store.close)
         write = fingerd.StateFile.write
 
-        def slow_write(state: Any, changes: Any, before: Any) -> None:
+        def slow_write(state: Any, changes: Any, *more: Any) -> None:
             if not sizes:  # the disk is slow until all others wait
                 until(lambda: len(changes) + len(store._orders) == 64)
             sizes.append(len(changes))
-            write(state, changes, before)
+            write(state, changes, *more)
 
         with mock.patch.object(fingerd.StateFile, "write", slow_write):
             in_parallel(64, lambda number: store.set(f"u{number}", "text"))
@@ -4137,7 +4336,7 @@ class DurabilityTest(Case):
         for name in ("corrupt", "newer"):
             state = fingerd.StateFile(folder / name)
             message = fingerd.Message("x" * 500, 1.0, None, "")
-            state.write(dict.fromkeys((f"u{n}" for n in range(200)), message), {})
+            state.write(dict.fromkeys((f"u{n}" for n in range(200)), message), {}, EMPTY)
             state.close()
         shutil.copy(folder / "corrupt", folder / "cut")
         os.truncate(folder / "cut", 5_000)
@@ -4183,7 +4382,7 @@ class DurabilityTest(Case):
 
         def replace(path: pathlib.Path) -> None:
             state = fingerd.StateFile(path.with_name("other"))
-            state.write({"shawn": fingerd.Message("other", 1.0, None, "")}, {})
+            state.write({"shawn": fingerd.Message("other", 1.0, None, "")}, {}, EMPTY)
             state.close()
             os.replace(path.with_name("other"), path)
 
@@ -4265,6 +4464,8 @@ class DurabilityTest(Case):
         path.rmdir()
         path.write_bytes(kept)
         service.start()
+        service.wait_for(f"INFO state: {path}, 1 messages$")
+        service.wait_for(f"INFO {users}: 2 users, 2 with a status$")
         self.assertEqual(service.finger("shawn"), "kept\r\n")
 
     def test_where_no_state_file_can_be_had(self) -> None:
@@ -4309,6 +4510,23 @@ import fingerd; sys.exit(fingerd.main())"""
                 self.refuses_to_start(words, "/nowhere" if fine else "others can write.*chmod")
         self.assertEqual(list((outer / "inner").iterdir()), [])
 
+    def test_a_message_is_taken_back_in_time(self) -> None:
+        service = self.launch(env={**os.environ, "TZ": "CET-1"})
+        answer = service.set("shawn: 14:00", "lunch")
+        self.assertRegex(answer, r"^OK until 2\d{3}-\d\d-\d\d 13:00 UTC\r\n$")
+        service.stop()
+        db = self.keep(sqlite3.connect(service.state, isolation_level=None))
+        db.execute("UPDATE messages SET until = ?", (time.time() + 2.5,))
+        db.close()
+        service.start()
+        self.assertEqual(service.finger("shawn"), "lunch\r\n")
+        etag = service.get("/").headers["etag"]
+        until(lambda: service.finger("shawn") == "alive\r\n")
+        self.assertNotEqual(service.get("/").headers["etag"], etag)
+        service.kill()
+        service.start()
+        self.assertEqual(service.finger("shawn"), "alive\r\n")
+
     def test_state_is_readable_and_lockable_while_in_use(self) -> None:
         service, start = self.launch(), time.time()
         service.set("shawn", "first")
@@ -4333,7 +4551,7 @@ import fingerd; sys.exit(fingerd.main())"""
         log, state = pathlib.Path(f"{path}-wal"), fingerd.StateFile(path)
         for n in range(60):
             message = fingerd.Message(str(n).rjust(1_000), 1.0, None, "")
-            state.write({f"u{i}": message for i in range(150)}, {})
+            state.write({f"u{i}": message for i in range(150)}, {}, EMPTY)
         self.assertLess(log.stat().st_size, 6_000_000)
         self.assertLess(path.stat().st_size, 1_000_000)
         state.close()
@@ -4952,7 +5170,7 @@ class FuzzTest(Case):
             again = fingerd.parse_users([b"\n", line], {})
             self.assertEqual((fingerd.name_problem(name), again.texts), ("", {name: status}))
         is_clean(fingerd.parse_finger(data, True).user)
-        user, text, problem = fingerd.parse_setting(data, True)
+        user, text, problem, _ = fingerd.parse_setting(data, True)
         is_clean(user, text, problem)
         self.assertTrue(problem or not fingerd.name_problem(user) + fingerd.status_problem(text))
         head = fingerd.parse_http_head(data, True)
