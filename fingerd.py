@@ -150,8 +150,7 @@ IRC_NICK_BYTES = 9  # nicks of this length are allowed everywhere (RFC 2812, sec
 IRC_CHANNELS_BYTES = 400  # all channels and keys with commas between, so that one JOIN holds them
 IRC_SASL_BYTES = 400  # base64 in one AUTHENTICATE
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
-IRC_QUEUE_LINES = 20  # lines that wait to be sent
-IRC_STALE_SECONDS = 30.0  # a reply that has waited this long is dropped
+IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
 IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends more is ignored
 IRC_ASKERS = 1_000  # user@hosts whose queries are counted
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
@@ -1983,10 +1982,7 @@ class IrcSession:
         self.forwarded = False  # if True, our next JOIN may be for another channel
         self.version = 0  # the version of the store that was announced last
         self.askers: dict[str, tuple[int, float]] = {}  # user@host: queries, end of the count
-        # Lines to send, each with the time after which it is dropped.
-        self.queue: collections.deque[tuple[float, bytes]] = collections.deque(
-            maxlen=IRC_QUEUE_LINES
-        )
+        self.queue: collections.deque[bytes] = collections.deque(maxlen=IRC_QUEUE_LINES)
         self.pace = 0.0  # the time of the next line at a steady pace; a burst may precede it
 
     def begin(self, now: float) -> None:
@@ -2040,14 +2036,12 @@ class IrcSession:
         """The lines that may be sent now, at the pace of RFC 1459, section 8.10."""
         taken = b""
         while self.queue and self.pace <= now + (IRC_BURST_LINES - 1) * IRC_LINE_SECONDS:
-            expires, line = self.queue.popleft()
-            if now <= expires:
-                taken += line
-                self.pace = max(self.pace, now) + IRC_LINE_SECONDS
+            taken += self.queue.popleft()
+            self.pace = max(self.pace, now) + IRC_LINE_SECONDS
         return taken
 
     def send(self, command: str, *params: str) -> None:
-        self.queue.append((math.inf, format_irc_line(command, *params)))
+        self.queue.append(format_irc_line(command, *params))
 
     def say(self, command: str, target: str, text: str) -> None:
         """Queue a text, cut to fit one line, without leading signs that command other bots."""
@@ -2055,8 +2049,7 @@ class IrcSession:
         text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
         text = cut_bytes(text, IRC_LINE_BYTES - len(rest.encode()))
         if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
-            line = format_irc_line(command, target, text)
-            self.queue.append((self.now + IRC_STALE_SECONDS, line))
+            self.send(command, target, text)
 
     def fold(self, name: str) -> str:
         return fold_irc(name, self.casemapping)
@@ -2074,7 +2067,7 @@ class IrcSession:
         return mask(clean(" ".join(words)), self.secrets)
 
     def on_PING(self, line: IrcLine) -> None:
-        self.queue.appendleft((math.inf, format_irc_line("PONG", line.param(0))))
+        self.queue.appendleft(format_irc_line("PONG", line.param(0)))
 
     def on_ERROR(self, line: IrcLine) -> None:
         raise IrcFailure(f"the server says: {self.quote(*line.params)}")
