@@ -4010,14 +4010,19 @@ class NgircdTest(RealServerCase):
             self.start_bot(self.port, nick=nick, channels=("#bots",))
             self.logged("joined #bots", count)
         ann = self.person()
-        ann.say("JOIN #bots", "PRIVMSG #bots :one: two", "PRIVMSG two :!finger one")
-        ann.hear(":one!~fingerd@127.0.0.1 PRIVMSG #bots :two: one")
-        ann.hear(":two!~fingerd@127.0.0.1 PRIVMSG ann :one: two")
-        ann.say("PRIVMSG one :!finger nobody", "PRIVMSG #bots :two: end")
+        ann.say("JOIN #bots")
+        ann.hear(" 366 ")
         heard = []
-        while not heard or "end: No such user" not in heard[-1]:
-            heard.append(ann.hear())
-        self.assertEqual(len(heard), 2, heard)
+        for said, reply in [
+            ("#bots :one: two", ":one!~fingerd@127.0.0.1 PRIVMSG #bots :two: one"),
+            ("one :two", ":one!~fingerd@127.0.0.1 PRIVMSG ann :two: one"),
+            ("two :one", ":two!~fingerd@127.0.0.1 PRIVMSG ann :one: two"),
+            ("#bots :!finger nobody", "PRIVMSG #bots :nobody: No such user"),
+        ]:
+            ann.say(f"PRIVMSG {said}")
+            while not heard or reply not in heard[-1]:
+                heard.append(ann.hear())
+        self.assertEqual(len(heard), 4, heard)
 
     def test_keys(self) -> None:
         self.start_bot(self.port, channels=("#open", "#locked sesame"))
