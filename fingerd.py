@@ -3385,6 +3385,7 @@ class LogWriter(logging.Handler):
             self._dropped += 1
 
     def _write(self) -> None:
+        """Write the lines, until `close` puts None behind them."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for line in iter(self._lines.get, None):
             data = (line + "\n").encode("utf-8", "backslashreplace")
@@ -3560,12 +3561,12 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
 
 
 def parse_address(text: str) -> Address | None:
-    """The address of PORT, HOST:PORT or [v6]:PORT; None for `off`."""
+    """The address of PORT, HOST:PORT or [IPV6]:PORT; None for `off`."""
     if text == "off":
         return None
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]:|([^:\[\]]+):)?([0-9]{1,5})", text, re.ASCII)
     if not match or int(match[3]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!a} is not PORT, HOST:PORT, [v6]:PORT or off")
+        raise argparse.ArgumentTypeError(f"{text!a} is not PORT, HOST:PORT, [IPV6]:PORT or off")
     return Address(match[1] or match[2] or "", int(match[3]))
 
 
@@ -3768,7 +3769,7 @@ def bind(options: argparse.Namespace) -> dict[str, list[socket.socket]]:
         if name not in listeners:
             listeners[name] = [listen(name, address) for address in getattr(options, name)]
         elif not getattr(options, name):
-            raise StartError(f"--{name} is off, but systemd passes a socket for it")
+            raise StartError(f"--{name} off: mask its unit, since systemd passes a socket for it")
         for listener in listeners[name]:
             address = Address(*listener.getsockname()[:2])
             log.info("%s listening on %s", name, address)

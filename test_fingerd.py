@@ -5441,6 +5441,20 @@ class StopTest(Case):
         process.terminate()
         self.assertEqual(process.wait(DEADLINE), 0)
 
+    def test_sockets_that_cannot_be_used_end_the_start(self) -> None:
+        stream = self.keep(socket.create_server(("127.0.0.1", 0)))
+        datagram = self.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        for name, sock, options, problem in (
+            ("gopher", stream, [], "LISTEN_FDNAMES: 'gopher' is none of finger, setter, web"),
+            ("web", datagram, [], "LISTEN_FDS: web: not a TCP socket"),
+            ("web", stream, ["--web", "off"], "--web off: mask its unit"),
+        ):
+            with self.subTest(problem):
+                shell = f"LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES={name}" + ' exec "$@" 3<&0'
+                program = ("sh", "-c", shell, "sh", *PROGRAM)
+                words = command("/etc/hosts", *options, program=program)
+                self.refuses_to_start(words, problem, stdin=sock)
+
     def test_socket_activation_loses_nobody_in_a_restart(self) -> None:
         manager = self.keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         manager.settimeout(DEADLINE)
