@@ -224,43 +224,55 @@ def status_problem(text: str) -> str:
 
 
 class UsersFile(NamedTuple):
-    """What a users file says."""
+    """The content of a users file."""
 
     texts: dict[str, str]
     problems: list[str]  # `LINE: reason` of the first MAX_PROBLEMS, and how many more there are
+    repeated: list[str] = []  # `LINE: reason` of lines that replace others; MAX_PROBLEMS at most
     modified: float = 0.0  # seconds since 1970
 
 
-def clean_lines(blocks: Iterable[bytes]) -> Iterator[str]:
-    """The lines in a stream of UTF-8; a far too long one is cut, but not below MAX_FILE_LINE."""
+NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # how surrogateescape decodes other bytes
+
+
+def clean_lines(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """The lines in a stream, each cleaned and with its problem, "" if it is UTF-8.
+
+    One that is far longer than MAX_FILE_LINE is cut, but not below it.
+    """
     rest = b""
     for block in itertools.chain(blocks, [b"\n"]):
         ended, newline, begun = block.rpartition(b"\n")
         if newline:
-            text, rest = decode(rest + ended), begun
+            text, rest = (rest + ended).decode("utf-8", "surrogateescape"), begun
             lines = text.split("\n")
+            problems: Iterable[str] = itertools.repeat("")
+            if NOT_UTF_8.search(text):
+                problems = ("not UTF-8" if NOT_UTF_8.search(line) else "" for line in lines)
             is_printable = text.replace("\n", "").isprintable()
             is_clean = is_printable and unicodedata.is_normalized("NFC", text)
-            yield from lines if is_clean else map(clean, lines)
+            yield from zip(lines if is_clean else map(clean, lines), problems)
         else:
             rest = (rest + block)[: 4 * MAX_FILE_LINE + 4]
 
 
 def parse_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
-    """What a users file says; the last line for a user wins, a bad line costs itself alone.
+    """The content of a users file; the last line for a user counts, and a bad line is skipped.
 
-    A status that stands in `known` already is the same object again, so that reading a large file
-    anew costs little memory. Reading stops where there are more than MAX_USERS users.
+    A status that is in `known` already is the same object again, so that reading a large file
+    anew costs little memory. Reading stops after MAX_USERS users.
     """
     texts: dict[str, str] = {}
     problems: list[str] = []
+    repeated: list[str] = []
     bad_lines = 0
-    for number, line in enumerate(clean_lines(blocks), 1):
+    for number, (line, problem) in enumerate(clean_lines(blocks), 1):
         name, colon, text = line.partition(":")
         name, text = name.strip(), text.strip()
-        if name[:1] == "#" or not (name or colon):
-            continue
-        problem = name_problem(name) or status_problem(text) if colon else "no colon"
+        if not problem:
+            if name[:1] == "#" or not (name or colon):
+                continue
+            problem = name_problem(name) or status_problem(text) if colon else "no colon"
         if len(line) > MAX_FILE_LINE:
             problem = f"the line is longer than {MAX_FILE_LINE} characters"
         if problem:
@@ -268,17 +280,19 @@ def parse_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
             if bad_lines <= MAX_PROBLEMS:
                 problems.append(f"{number}: {problem}")
             continue
+        if name in texts and len(repeated) < MAX_PROBLEMS:
+            repeated.append(f"{number}: replaces an earlier line for {name}")
         old = known.get(name, "")
         texts[name] = old if old == text else text
         if len(texts) > MAX_USERS:
             break
     if bad_lines > MAX_PROBLEMS:
         problems.append(f" ... and {bad_lines - MAX_PROBLEMS} more bad lines")
-    return UsersFile(texts, problems)
+    return UsersFile(texts, problems, repeated)
 
 
 def format_users_line(name: str, text: str) -> str:
-    """The line of a users file that says so."""
+    """The line of a users file for this user."""
     return f"{name}: {text}\n"
 
 
@@ -2916,13 +2930,15 @@ def read_users(
 ) -> UsersFile:
     """The users file whose next bytes each call of `read` returns, b"" at the end.
 
-    Raises UsersError if it is too large, or shorter than `expected` bytes.
+    Raises UsersError if it is in UTF-16, too large, or shorter than `expected` bytes.
     """
     size = 0
 
     def blocks() -> Iterator[bytes]:
         nonlocal size
         for block in iter(lambda: read(BLOCK_BYTES), b""):
+            if not size and (b"\0" in block[:2] or block[:2] in (b"\xff\xfe", b"\xfe\xff")):
+                raise UsersError("in UTF-16, not in UTF-8")
             size += len(block)
             if size > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
@@ -3754,12 +3770,20 @@ def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> File
 
 
 def check(source: FileSource | UrlSource) -> int:
-    """Print the problems of the users file, and return the exit status."""
-    users = source.read({}, at_once=True)
-    problems = users.problems if users else []
-    for problem in problems:
-        print(f"{source}:{problem}")
-    return 1 if problems else 0
+    """Print the problems of the users file, and warnings; return the exit status."""
+    users = source.read({}, at_once=True) or UsersFile({}, [])
+    same: dict[str, list[str]] = {}
+    for name in users.texts:
+        same.setdefault(name.casefold(), []).append(name)
+    cased = [f" {' and '.join(names)} differ only in case" for names in same.values() if names[1:]]
+    warnings = [f"{warning} (a warning)" for warning in users.repeated + cased]
+    with open(1, "w", errors="backslashreplace", closefd=False) as out:  # in any locale
+        for line in users.problems + warnings:
+            print(f"{source}:{line}", file=out)
+        if not users.problems:
+            found = f"{len(warnings)} warnings" if warnings else "no problems"
+            print(f"{len(users.texts)} users, {found}", file=out)
+    return 1 if users.problems else 0
 
 
 def bind(options: argparse.Namespace) -> dict[str, list[socket.socket]]:

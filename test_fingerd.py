@@ -673,35 +673,62 @@ class CodecsTest(Case):
         for name in ("", "a:b", "a@b", "/a", "#a", ".", "..", "x" * 65, "a\ufffd"):
             self.assertNotEqual(fingerd.name_problem(name), "", name)
 
+    USERS_FILES: ClassVar = [
+        (b"", {}),
+        (b"\n \n# c\n  # c: d\n#\n", {}),
+        (b"#" * 99_999 + b"\na: 1\n", {"a": "1"}),
+        (b"moshez: Happy and well\nshawn:alive", {"moshez": "Happy and well", "shawn": "alive"}),
+        (b" a  b \t:  c : d \r\n", {"a  b": "c : d"}),
+        (b"a: 1\nb: 2\n", {"a": "1", "b": "2"}),
+        (b"\xef\xbb\xbfa: 1\n", {"a": "1"}),
+        (b"\xef\xbb\xbf# a: 1\n", {}),
+        ("\uff21da: 1\n".encode(), {"\uff21da": "1"}),  # begins with a byte of the BOM
+        ("zo\u00e9: caf\u00e9\n".encode(), {"zo\u00e9": "caf\u00e9"}),
+        ("a: \ufffd\n".encode(), {"a": "\ufffd"}),  # UTF-8, though strange
+        (b"a: x\x1b[1my\x00\n", {"a": "x[1my"}),
+        (b"a: " + b"x" * 1000, {"a": "x" * 1000}),
+    ]
+    BAD_USERS_LINES: ClassVar = [
+        (b"no colon", "no colon"),
+        (b": x", "no name"),
+        (b"a@b: x", "a name holds"),
+        (b"/a: x", "a name does not begin"),
+        (b".: x", "a name does not begin"),
+        (b"x" * 65 + b": x", "the name is longer"),
+        (b"a: " + b"x" * 1001, "the status is longer"),
+        (b"a: " + b" " * 8192, "the line is longer"),
+        (("a: " + "\U0001f468" * 99_999).encode(), "the line is longer"),
+        (b"a: caf\xe9", "not UTF-8"),
+        (b"caf\xe9: \x1b", "not UTF-8"),
+        (b"# caf\xe9", "not UTF-8"),
+        (b"\xe9", "not UTF-8"),
+        (b"a: \xed\xb2\x80", "not UTF-8"),  # a surrogate
+    ]
+
     def test_users_files(self) -> None:
-        bad = [b"no colon", b": x", b"a@b: x", b"/a: x", b"x" * 65 + b": x", b"\xe9: x"]
-        bad += [b"a: " + b"x" * 1001, b"a: " + b" " * 8192, b".: x"]
-        tables: list[tuple[bytes, dict[str, str]]] = [  # begins with a byte of the BOM
-            (b"", {}), (b"\n \n# c\n  # c: d\n#\n", {}),
-            (b"#" * 99_999 + b"\na: 1\n", {"a": "1"}),
-            (
-                b"moshez: Happy and well\nshawn:alive",
-                {"moshez": "Happy and well", "shawn": "alive"}
-            ),
-            (b" a  b \t:  c : d \r\n", {"a  b": "c : d"}),
-            (b"a: 1\nb: 2\na: 3\n", {"a": "3", "b": "2"}), (b"a: 1\na:\n", {"a": ""}),
-            (b"\xef\xbb\xbfa: 1\n", {"a": "1"}), (b"\xef\xbb\xbf# a: 1\n", {}),
-            ("\uff21da: 1\n".encode(), {"\uff21da": "1"}),
-            (b"zo\xc3\xa9: caf\xc3\xa9\na: caf\xe9\n", {"zo\u00e9": "caf\u00e9", "a": "caf\ufffd"}),
-            (b"a: x\x1b[1my\x00\n", {"a": "x[1my"}), (b"a: " + b"x" * 1000, {"a": "x" * 1000})
-        ]  # fmt: skip
-        for data, texts in tables:
+        for data, texts in self.USERS_FILES:
             with self.subTest(data[:40]):
-                lines = data.splitlines(True)
-                self.assertEqual(fingerd.parse_users(lines, {})[:2], (texts, []))
-        for line in bad:
+                wanted = fingerd.UsersFile(texts, [])
+                self.assertEqual(fingerd.parse_users(data.splitlines(True), {}), wanted)
+                self.assertEqual(fingerd.parse_users([data], {}), wanted)
+        for line, problem in self.BAD_USERS_LINES:
             with self.subTest(line[:40]):
-                users = fingerd.parse_users([b"b: 1\n", line + b"\n", b"c: 2\n"], {})
+                users = fingerd.parse_users([b"b: 1\n", line + b"\nc: 2\n"], {})
                 self.assertEqual((users.texts, len(users.problems)), ({"b": "1", "c": "2"}, 1))
-                self.assertRegex(users.problems[0], r"\A2: \w+")
+                self.assertTrue(users.problems[0].startswith(f"2: {problem}"), users.problems)
         users = fingerd.parse_users([b"x\n"] * 1000, {})
         self.assertEqual(len(users.problems), fingerd.MAX_PROBLEMS + 1)
         self.assertEqual(users.problems[-1], " ... and 900 more bad lines")
+
+    def test_the_last_line_for_a_user_counts(self) -> None:
+        for data, texts in (
+            (b"a: 1\nb: 2\na: 3\n", {"a": "3", "b": "2"}),
+            (b"a: 1\n\na:\n", {"a": ""}),
+        ):
+            wanted = fingerd.UsersFile(texts, [], ["3: replaces an earlier line for a"])
+            self.assertEqual(fingerd.parse_users([data], {}), wanted)
+        users = fingerd.parse_users([b"a: x\n"] * 1000, {})
+        self.assertEqual(len(users.repeated), fingerd.MAX_PROBLEMS)
 
     def test_a_formatted_line_is_parsed_back(self) -> None:
         for name, text in itertools.product(
@@ -2698,8 +2725,27 @@ class CommandLineTest(Case):
         self.assertEqual((status, err, len(out)), (1, [], 2))
         self.assertRegex(out[0], rf"\A{path}:1: \w+")
         self.assertRegex(out[1], rf"\A{path}:3: \w+")
-        for path in (self.users(), HERE / "users.example"):
-            self.assertEqual(run([*PROGRAM, "--check", str(path)]), (0, [], []))
+        for path, count in ((self.users(), 2), (HERE / "users.example", 5)):
+            wanted = (0, [f"{count} users, no problems"], [])
+            self.assertEqual(run([*PROGRAM, "--check", str(path)]), wanted)
+
+    def test_check_warns_of_lines_for_the_same_user(self) -> None:
+        path = self.users("zoé: 1\n\nZoé: 2\nb: 1\nzoé: 3\n")
+        wanted = [
+            f"{path}:5: replaces an earlier line for zoé (a warning)",
+            f"{path}: zoé and Zoé differ only in case (a warning)",
+            "3 users, 2 warnings",
+        ]
+        self.assertEqual(run([*PROGRAM, "--check", str(path)]), (0, wanted, []))
+        environ = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+        self.assertEqual(run([*PROGRAM, "--check", str(path)], env=environ)[0], 0)
+
+    def test_check_says_once_that_a_file_is_utf_16(self) -> None:
+        for encoding in ("utf-16", "utf-16-be", "utf-16-le"):
+            path = self.folder() / "users"
+            put(path, USERS.encode(encoding))
+            words = [f"fingerd: {path}: in UTF-16, not in UTF-8"]
+            self.assertEqual(run([*PROGRAM, "--check", str(path)]), (1, [], words))
 
     def test_version_and_help(self) -> None:
         self.assertRegex(run([*PROGRAM, "--version"])[1][0], r"\Afingerd [0-9.]+\Z")
