@@ -153,6 +153,7 @@ IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for ea
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
 IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends more is ignored
 IRC_ASKERS = 1_000  # user@hosts whose queries are counted
+IRC_QUOTED = 200  # characters of the server's words in a log line
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
 IRC_CONNECT_SECONDS, IRC_TLS_SECONDS = 15.0, 15.0  # for each address; for the handshake
 IRC_REGISTER_SECONDS = 60.0  # for the registration, SASL included
@@ -2077,8 +2078,8 @@ class IrcSession:
         return next((known for known in self.channels if self.fold(known.name) == name), None)
 
     def quote(self, *words: str) -> str:
-        """The server's words for the log; secrets that it repeats are masked."""
-        return mask(clean(" ".join(words)), self.secrets)
+        """The first of the server's words for the log; secrets that it repeats are masked."""
+        return mask(clean(" ".join(words)), self.secrets)[:IRC_QUOTED]
 
     def on_PING(self, line: IrcLine) -> None:
         self.queue.appendleft(format_irc_line("PONG", line.param(0)))

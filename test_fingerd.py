@@ -3254,14 +3254,16 @@ class IrcSessionTest(Case):
             ("pieces of it", cut, "<***> ***"),
             ("a key", "(the sesame of #a)", "(the *** of #a)"),
             ("another word", "AUTHENTICATE", "AUTHENTICATE"),
+            ("a long text", "x" * 400, "x" * 198),
         ]:
             with self.subTest(title):
                 channels = ("#a sesame",)
                 talk = Talk(account=account, password=password, channels=channels)
                 with self.assertRaises(fingerd.IrcFailure) as failure:
                     talk.hear(f":s 904 * {repeated} :is wrong")
-                said = f"the server refuses us (904): * {logged} is wrong"
-                self.assertEqual(str(failure.exception), said)
+                said, _, quoted = str(failure.exception).partition(": ")
+                self.assertEqual(said, "the server refuses us (904)")
+                self.assertEqual(quoted, f"* {logged} is wrong"[:200])
 
     def test_it_gives_up_when_no_nick_is_free(self) -> None:
         for number, last in [("433", "NICK finge4711"), ("432", "NICK f")]:
