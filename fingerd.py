@@ -101,6 +101,9 @@ MAX_SHORT_LIST = 100  # users whose list is made at once; that of more takes lon
 MAX_SHORT_CALL = 2_048  # bytes of an XML-RPC call that is read at once; a longer one takes long
 MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
+MAX_PLAN, MAX_PLAN_LINES = 65_536, 1_000  # bytes and lines of a plan; the rest is cut off
+PLAN_SECONDS = 0.4  # to read a plan, before the reply is sent without it
+LATE_PLANS = 16  # threads that hang in a read, before no plan is read any more
 
 # The users file and the store.
 MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
@@ -187,16 +190,19 @@ def decode(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def clean(text: str) -> str:
-    """`text` as one printable line without blanks at its ends; fit for a terminal, IRC and XML.
+def printable(text: str) -> str:
+    """`text` as one printable line, fit for a terminal, IRC and XML.
 
     It is in NFC unless it is longer than MAX_COMPOSED: combining marks take quadratic time.
     """
     if not text.isprintable():
         text = re.sub(UNPRINTABLE, "", text.replace("\t", " "))
-    if len(text) <= MAX_COMPOSED:
-        text = unicodedata.normalize("NFC", text)
-    return text.strip()
+    return unicodedata.normalize("NFC", text) if len(text) <= MAX_COMPOSED else text
+
+
+def clean(text: str) -> str:
+    """`text` as one printable line without blanks at its ends."""
+    return printable(text).strip()
 
 
 def name_problem(name: str) -> str:
@@ -334,6 +340,16 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
         line = line[2:] if in_front else line[:-2]
     user, at, host = line.partition("@")
     return FingerQuery(user.strip(), in_front or behind, host.strip() if at else None)
+
+
+def parse_plan(data: bytes) -> list[str]:
+    """The lines in a file that begins with `data`: MAX_PLAN bytes and MAX_PLAN_LINES at most."""
+    *lines, last = decode(data[:MAX_PLAN]).split("\n")
+    if last and len(data) <= MAX_PLAN:
+        lines.append(last)
+    is_cut = len(data) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
+    lines = [printable(line.expandtabs()) for line in lines[:MAX_PLAN_LINES]]
+    return [*lines, "... (cut)"] if is_cut else lines
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
@@ -694,6 +710,7 @@ dt { font-weight: bold }
 dt + dd { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
 dt + dd { overflow: hidden }
 dd + dd { padding-right: 0 }
+pre { overflow: auto }
 time { white-space: nowrap }
 time, nav, footer { opacity: .75; font-size: .9rem }
 @media (max-width: 40rem) {
@@ -772,10 +789,13 @@ def html_status(text: str) -> str:
     return "".join(parts)
 
 
-def json_status(user: str, text: str, since: float, until: float | None) -> str:
-    """A user's status as a JSON object; `until` is null if it has no end."""
-    times = {"since": iso_time(since), "until": iso_time(until) if until else None}
-    return json.dumps({"user": user, "status": text, **times}, ensure_ascii=False)
+def json_status(
+    user: str, text: str, since: float, until: float | None, plan: Iterable[str] = ()
+) -> str:
+    """A user's status as a JSON object, with the plan if there is one; null for no time."""
+    times = {"since": iso_time(since) if since else None, "until": until and iso_time(until)}
+    more = {"plan": "\n".join(plan)} if plan else {}
+    return json.dumps({"user": user, "status": text, **times, **more}, ensure_ascii=False)
 
 
 def user_url(base: str, user: str) -> str:
@@ -1484,10 +1504,13 @@ def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
     return "".join(lines)
 
 
-def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "") -> str:
+def finger_answer(
+    now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "", plan: Iterable[str] = ()
+) -> str:
     """The answer to a finger query, each line ended by CRLF (RFC 1288, section 2.2).
 
     `reached` is the address at which the client reached us; it counts where a host is named.
+    `plan` has the lines of the user's plan.
     """
     if query.too_long:
         return "Query too long\r\n"
@@ -1497,11 +1520,14 @@ def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, reached: st
         return finger_listing(now, query.long, policy)
     user = now.find(query.user)
     status = now.get(user) if query.long else None
-    if status is None:
-        return (now.text(user) or NO_SUCH_USER) + "\r\n"
-    since = plain_time(status.since)
-    until = f"Until: {plain_time(status.until)}\r\n" if status.until else ""
-    return f"Login: {user}\r\nStatus: {status.text}\r\nSince: {since}\r\n{until}"
+    answer = now.text(user)
+    if status:
+        since = plain_time(status.since)
+        until = f"\r\nUntil: {plain_time(status.until)}" if status.until else ""
+        answer = f"Login: {user}\r\nStatus: {status.text}\r\nSince: {since}{until}"
+    if plan:
+        answer = "\r\n".join([*([answer, ""] if answer else []), "Plan:", *plan])
+    return (answer or NO_SUCH_USER) + "\r\n"
 
 
 # ---- web ---------------------------------------------------------------------------------------
@@ -1566,7 +1592,9 @@ def reload_link(url: str, view: View) -> str:
     return f'<a href="{url}{view._replace(reload=not view.reload).query()}">{words}</a>'
 
 
-def user_html(user: str, status: Status, view: View, base: str, policy: Policy) -> str:
+def user_html(
+    user: str, status: Status, view: View, base: str, policy: Policy, plan: Iterable[str]
+) -> str:
     """The page of one user; `base` is the URL of everybody's page, escaped."""
     url = user_url(base, user)
     links = [
@@ -1575,12 +1603,15 @@ def user_html(user: str, status: Status, view: View, base: str, policy: Policy) 
         f'<a href="{url}?format=atom">feed</a>',
         reload_link(url, view),
     ]
-    until = f", until {html_time(status.until)}" if status.until else ""
-    main = (
-        f"<h1>{html.escape(user)}</h1><p>{html_status(status.text)}</p>\n"
-        f"<p>since {html_time(status.since)}{until}</p>\n<footer>{' · '.join(links)}</footer>"
-    )
-    return html_page(user, main, url)
+    main = f"<h1>{html.escape(user)}</h1>"
+    if status.text:
+        until = f", until {html_time(status.until)}" if status.until else ""
+        times = f"since {html_time(status.since)}{until}"
+        main += f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
+    if plan:
+        lines = "\n".join(map(html.escape, plan))
+        main += f"<h2>Plan</h2>\n<pre>\n{lines}</pre>\n"
+    return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", url)
 
 
 def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
@@ -1674,14 +1705,14 @@ class WebAnswers:
         allowed = {"Access-Control-Allow-Methods": "GET, HEAD", "Access-Control-Allow-Headers": "*"}
         return Page(204, {**ANY_ORIGIN, **allowed, "Access-Control-Max-Age": "86400"}, [])
 
-    def page(self, head: HttpHead) -> Page:
-        """The page that a GET asks for."""
-        page = self._page(head)
+    def page(self, head: HttpHead, plan: Iterable[str] = ()) -> Page:
+        """The page that a GET asks for; `plan` has the lines of the user's plan."""
+        page = self._page(head, plan)
         if self._policy.public_url and head.path != "/RPC2":
             page.headers.update(ANY_ORIGIN)
         return page
 
-    def _page(self, head: HttpHead) -> Page:
+    def _page(self, head: HttpHead, plan: Iterable[str]) -> Page:
         """The page without the header for other origins."""
         view = parse_view(head.query, head.headers.get("accept", ""))
         if not view.format:
@@ -1698,20 +1729,22 @@ class WebAnswers:
         name_asked = path_user(head.path)
         user = now.find(name_asked)
         status = now.get(user)
+        if plan and view.format in ("html", "json"):
+            return self._user(view, user or name_asked, status or Status("", 0.0), plan)
         if status is None:
             return self._nobody(view.format, name_asked[:MAX_NAME])
         if is_feed:
             return self._feed(now, user, [(user, status)], head)
         return self._remembered(view, user, status)
 
-    def _user(self, view: View, user: str, status: Status) -> Page:
-        """The page of one user; not a feed."""
+    def _user(self, view: View, user: str, status: Status, plan: Iterable[str] = ()) -> Page:
+        """The page of one user; not a feed. It has no date if it has a plan."""
         if view.format == "html":
-            text = user_html(user, status, view, self._base, self._policy)
+            text = user_html(user, status, view, self._base, self._policy, plan)
         else:
-            text = status.text if view.format == "text" else json_status(user, *status)
+            text = status.text if view.format == "text" else json_status(user, *status, plan)
             text += "\n"
-        return self._made(view, [text], status.since)
+        return self._made(view, [text], -1 if plan else status.since)
 
     def _nobody(self, name: str, user: str) -> Page:
         """The page in the format `name` that says that there is no such user."""
@@ -1820,6 +1853,7 @@ def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
 LIST_USERS = RpcCall("listUsers")
 RPC_TIME = "%Y%m%dT%H:%M:%S"
 RPC_TYPES = {  # of each method's result, then of its parameters
+    "getPlan": ["string", "string"],
     "getStatus": ["struct", "string"],
     "getUser": ["string", "string"],
     "listUsers": ["struct"],
@@ -1838,10 +1872,13 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
     overridden below adds limits and checks the types of parameters.
     """
 
-    def __init__(self, store: StatusStore, policy: Policy) -> None:
+    def __init__(
+        self, store: StatusStore, policy: Policy, read_plan: Callable[[str], list[str]]
+    ) -> None:
         super().__init__()
-        self._store, self._policy = store, policy
+        self._store, self._policy, self._read_plan = store, policy, read_plan
         self._listed: tuple[int, Page] | None = None  # the store's version, and its listUsers
+        self.register_function(self._get_plan, "getPlan")
         self.register_function(self._get_status, "getStatus")
         self.register_function(self._get_user, "getUser")
         self.register_function(self._list_users, "listUsers")
@@ -1849,9 +1886,9 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         self.register_multicall_functions()
 
     def is_long(self, call: RpcCall) -> bool:
-        """Whether `page` takes long: many calls at once, or a list that must be made."""
+        """Whether `page` takes long: a plan, many calls at once, or a list that must be made."""
         if call != LIST_USERS:
-            return call.method == "system.multicall"
+            return call.method in ("getPlan", "system.multicall")
         now = self._store.snapshot()
         return now.size() > MAX_SHORT_LIST and (self._listed or (-1,))[0] != now.version
 
@@ -1882,6 +1919,10 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         return super()._dispatch(method, params)
 
     # The library's methodHelp shows the docstrings of the methods below.
+
+    def _get_plan(self, name: Any) -> Any:
+        """The user's plan, or an empty string."""
+        return "\n".join(self._read_plan(clean(name)))
 
     def _get_status(self, name: Any) -> Any:
         """The user's status, and its times in UTC; a fault if there is none."""
@@ -2730,12 +2771,18 @@ class FingerServer(Server):
     name, seconds = "finger", FINGER_SECONDS
     fault = Reply([f"{INTERNAL_ERROR}\r\n".encode()], 0, close=True)
 
-    def __init__(self, listener: socket.socket, store: StatusStore, policy: Policy) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        store: StatusStore,
+        policy: Policy,
+        plans: Plans | None = None,
+    ) -> None:
         super().__init__(listener)
-        self.store, self.policy = store, policy
+        self.store, self.policy, self.plans = store, policy, plans
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
-        """The answer to a query; a long list of all users is a job."""
+        """The answer to a query; it is a job if it has a plan, or lists many users."""
         query = parse_finger(received, ended)
         if query is None:
             return None
@@ -2746,10 +2793,12 @@ class FingerServer(Server):
         now = self.store.snapshot()
 
         def answer() -> Reply:
-            return Reply([finger_answer(now, query, self.policy, reached).encode()], used, True)
+            plan = self.plans.read(query.user) if self.plans and query.user else ()
+            text = finger_answer(now, query, self.policy, reached, plan)
+            return Reply([text.encode()], used, close=True)
 
-        is_short = query.user or query.too_long or now.size() <= MAX_SHORT_LIST
-        return answer() if is_short else answer
+        is_short = not self.plans if query.user else now.size() <= MAX_SHORT_LIST
+        return answer() if is_short or query.too_long else answer
 
 
 class SetterServer(Server):
@@ -2828,7 +2877,9 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> Page | Callable[[], Page]:
         """The page at the path."""
-        answers = self.server.answers
+        answers, plans = self.server.answers, self.server.plans
+        if plans and self.path != "/":
+            return lambda: answers.page(self.head, plans.read(path_user(self.path)))
         return self.list_page if answers.is_long(self.head) else answers.page(self.head)
 
     do_HEAD = do_GET  # web_response leaves out the body
@@ -2867,9 +2918,16 @@ class WebServer(Server):
     name, seconds = "web", WEB_SECONDS
     fault = Reply(web_response(HttpHead(500), error_page(500), time.time()), 0, close=True)
 
-    def __init__(self, listener: socket.socket, store: StatusStore, policy: Policy) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        store: StatusStore,
+        policy: Policy,
+        plans: Plans | None = None,
+    ) -> None:
         super().__init__(listener)
-        self.answers, self.rpc = WebAnswers(store, policy), RpcAnswers(store, policy)
+        self.answers, self.plans = WebAnswers(store, policy), plans
+        self.rpc = RpcAnswers(store, policy, plans.read if plans else lambda _: [])
         self.listing = threading.Lock()  # held while a list of all users is made
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
@@ -3219,6 +3277,70 @@ class Expirer(threading.Timer):
         """Look at the clock again and again until cancelled."""
         while not self.finished.wait(self.interval):
             self.function()
+
+
+# ---- plans -------------------------------------------------------------------------------------
+
+
+class Plans:
+    """Reads users' plans: DIR/USER for the directory `place`, or ~/.plan for the `place` "home".
+
+    A plan is read anew each time, by a thread of its own, since a disk may hang. No plan is read
+    while LATE_PLANS threads hang, and no second time while a thread hangs with it.
+    """
+
+    def __init__(self, place: str, store: StatusStore) -> None:
+        self._place, self._store = place, store
+        self._lock = threading.Lock()
+        self._late: dict[threading.Thread, str] = {}  # the threads that hang, with their users
+        self._first_uid = 1000  # of people; system accounts have lower ones
+        with contextlib.suppress(OSError):
+            text = pathlib.Path("/etc/login.defs").read_text("utf-8", "replace")
+            found = re.search(r"^\s*UID_MIN\s+([0-9]+)", text, re.MULTILINE)
+            self._first_uid = int(found[1]) if found else 1000
+
+    def read(self, name: str) -> list[str]:
+        """The lines of a user's plan; none if there is no plan, or none in PLAN_SECONDS."""
+        user = self._store.snapshot().find(name) or name
+        if name_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
+            return []
+        with self._lock:
+            self._late = {each: late for each, late in self._late.items() if each.is_alive()}
+            if user in self._late.values() or len(self._late) >= LATE_PLANS:
+                return []
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: lines.extend(self._load(user)), name="plan")
+        reader.daemon = True
+        with contextlib.suppress(RuntimeError):  # the system has no thread for it
+            reader.start()
+            reader.join(PLAN_SECONDS)
+        if not reader.is_alive():
+            return lines
+        with self._lock:
+            if not self._late:
+                log.warning("plans: the disk does not answer; replies leave the plans out")
+            self._late[reader] = user
+        return []
+
+    def _load(self, user: str) -> list[str]:
+        """The lines of a plan. A link, a device or another user's file is none."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # to open a FIFO would block
+        path, owner = f"{self._place}/{user}", None
+        try:
+            if self._place == "home":
+                account = pwd.getpwnam(user)
+                path, owner = f"{account.pw_dir}/.plan", account.pw_uid
+                is_person = owner >= self._first_uid and account.pw_name != "nobody"
+                if not is_person or os.path.lexists(f"{account.pw_dir}/.nofinger"):
+                    return []
+            with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+                found = os.fstat(file.fileno())
+                is_own = found.st_nlink == 1 and owner in (None, found.st_uid)
+                if is_own and stat.S_ISREG(found.st_mode):
+                    return parse_plan(file.read(MAX_PLAN + 1))
+        except (OSError, KeyError, ValueError):  # ValueError: the name is not in the locale
+            pass
+        return []
 
 
 # ---- IRC -------------------------------------------------------------------------------------
@@ -3730,6 +3852,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--hostname", metavar="NAME", action="append", default=[], help=text)
     text = "URL of the web server as clients see it, for absolute links"
     add("--public-url", metavar="URL", type=parse_public_url, help=text)
+    text = "show users' plans: DIR/USER, or for `home` each person's ~/.plan"
+    add("--plans", metavar="DIR", help=text)
     add = parser.add_argument_group("how to run").add_argument
     text = "seconds between checks of the users file (default: 30)"
     add("--interval", metavar="S", type=seconds, default=30.0, help=text)
@@ -3871,10 +3995,13 @@ def build_services(options: argparse.Namespace) -> Services:
         raise StartError(f"{problem} for {describe_account(os.geteuid())}{hint}") from None
     if path:
         restore_messages(store, path, is_default=not options.state)
+    plans = Plans(options.plans, store) if options.plans else None
+    if plans and options.plans != "home" and not os.access(f"{options.plans}/.", os.X_OK):
+        raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
     servers: list[Server] = [
-        *(FingerServer(listener, store, policy) for listener in listeners["finger"]),
+        *(FingerServer(listener, store, policy, plans) for listener in listeners["finger"]),
         *(SetterServer(listener, store, reloader.refresh) for listener in listeners["setter"]),
-        *(WebServer(listener, store, policy) for listener in listeners["web"]),
+        *(WebServer(listener, store, policy, plans) for listener in listeners["web"]),
     ]
     return Services(store, reloader, Expirer(store), servers, bot)
 

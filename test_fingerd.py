@@ -12,7 +12,7 @@ those with real clients, `python3 test_fingerd.py bench` measures.
     4. store          StoreTest, StateFileTest                    store
     5. users file     UsersFileTest (and ReloaderTest, below)     services
     6. faces          FingerTest, SetterTest, WebTest,            answers, services
-                      PrivateTest, XmlRpcTest
+                      PrivateTest, XmlRpcTest, PlansTest
     7. command line   CommandLineTest                             composition
     8. real clients   RealClientsTest                             all
     9. IRC            IrcCodecTest, IrcSessionTest,               codecs, answers,
@@ -2580,6 +2580,7 @@ class XmlRpcTest(SharedCase):
         everybody = [line.split(": ") for line in MANY.splitlines() if line != "mute:"]
         self.assertEqual(proxy.listUsers(), dict(everybody))
         methods = [
+            "getPlan",
             "getStatus",
             "getUser",
             "listUsers",
@@ -2705,6 +2706,241 @@ class XmlRpcTest(SharedCase):
                 self.assertEqual(self.value(data), wanted)
         response = xmlrpc.client.dumps(xmlrpc.client.Fault(99, "mine"), methodresponse=True)
         self.assertNotEqual(self.value(post(response.encode(), target="/")), 99)
+
+
+# ---- plans -------------------------------------------------------------------------------------
+
+PLAN = "* finish the tutorial\n\n\t- then\tsleep \u2615\r\n"
+PLAN_LINES = ["* finish the tutorial", "", "        - then  sleep \u2615"]
+
+
+class PlansTest(SharedCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.plans = new_folder()
+        cls.addClassCleanup(shutil.rmtree, cls.plans)
+        for user in ("moshez", "guest"):
+            put(cls.plans / user, PLAN)
+        cls.options = ("--plans", str(cls.plans))
+        super().setUpClass()
+
+    def reader(self, place: Any = "", **load: Any) -> Any:
+        """The plans in `place`, for users with and without a status."""
+        plans = fingerd.Plans(str(place or self.plans), make_store())
+        for name, value in load.items():
+            setattr(plans, name, value)
+        return plans
+
+    def test_a_plan_becomes_printable_lines(self) -> None:
+        line = b"x" * 63 + b"\n"
+        rows: list[tuple[bytes, list[str]]] = [
+            (b"", []),
+            (b"a", ["a"]),
+            (PLAN.encode(), PLAN_LINES),
+            (b"  a \n\n\n", ["  a ", "", ""]),
+            (b"a\tb\n1234567\tc\n12345678\td", ["a       b", "1234567 c", "12345678        d"]),
+            (b"\x1b[1ma\x00\x9b\n\xe2\x80\xae\xffb\n", ["[1ma\ufffd", "\ufffdb"]),
+            ("zoe\u0301\r\n".encode(), ["zo\u00e9"]),
+            (b"a\n" * 1000, ["a"] * 1000),
+            (b"a\n" * 1001, [*["a"] * 1000, "... (cut)"]),
+            (line * 1000 + b"more", [*["x" * 63] * 1000, "... (cut)"]),
+            (b"a" * 65_535 + b"\n", ["a" * 65_535]),
+            (b"a" * 65_536, ["a" * 65_536]),
+            (b"a\n" + b"b" * 65_535, ["a", "... (cut)"]),
+        ]
+        for data, lines in rows:
+            with self.subTest(data[:40]):
+                self.assertEqual(fingerd.parse_plan(data), lines)
+
+    def test_answers(self) -> None:
+        plan = "".join(f"{line}\r\n" for line in ["Plan:", *PLAN_LINES])
+        since = r"Since: 20\d\d-\d\d-\d\d \d\d:\d\d UTC\r\n"
+        for query, answer in [
+            ("moshez", f"Happy and well\r\n\r\n{plan}"),
+            ("MOSHEZ@localhost", f"Happy and well\r\n\r\n{plan}"),
+            ("guest", plan),
+            ("/W guest", plan),
+            ("shawn", "alive\r\n"),
+            ("nobody", "No such user\r\n"),
+            ("moshez@elsewhere.example", "Finger forwarding service denied\r\n"),
+        ]:
+            with self.subTest(query):
+                self.assertEqual(self.service.finger(query), answer)
+        long = self.service.finger("/W moshez")
+        pattern = rf"Login: moshez\r\nStatus: Happy and well\r\n{since}\r\n{re.escape(plan)}"
+        self.assertRegex(long, rf"\A{pattern}\Z")
+        for query in ("", "/W"):
+            self.assertNotIn("tutorial", self.service.finger(query))
+            self.assertNotIn("guest", self.service.finger(query))
+
+    def test_it_is_read_anew_for_each_query(self) -> None:
+        self.addCleanup((self.plans / "shawn").unlink)
+        for text in ("one\n", "two\n"):
+            put(self.plans / "shawn", text)
+            self.assertEqual(self.service.finger("shawn"), f"alive\r\n\r\nPlan:\r\n{text[:-1]}\r\n")
+            self.assertIn(f"<pre>\n{text[:-1]}</pre>", self.get("/shawn").body.decode())
+
+    def test_pages(self) -> None:
+        put(self.plans / "John Doe", "\n<b>&\n")
+        plan = "\n".join(PLAN_LINES)
+        for user, text in (("moshez", "Happy and well"), ("guest", "")):
+            page = self.get(f"/{user}")
+            self.assertEqual(page.status, 200)
+            self.assertIn(f"<h2>Plan</h2>\n<pre>\n{plan}</pre>", page.body.decode())
+            self.assertNotIn("last-modified", page.headers)
+            again = self.get(f"/{user}", f"If-None-Match: {page.headers['etag']}")
+            self.assertEqual(again.status, 304)
+            answer = json.loads(self.get(f"/{user}?format=json").body)
+            self.assertEqual((answer["user"], answer["status"], answer["plan"]), (user, text, plan))
+            self.assertEqual(answer["since"] is None, user == "guest")
+        self.assertIn(b"<pre>\n\n&lt;b&gt;&amp;</pre>", self.get("/John%20Doe").body)
+        self.assertNotIn("plan", json.loads(self.get("/shawn?format=json").body))
+        self.assertEqual(self.get("/moshez?format=text").body, b"Happy and well\n")
+        for target in (
+            "/guest?format=text",
+            "/guest?format=atom",
+            "/nobody",
+            "/nobody?format=json",
+        ):
+            self.assertEqual(self.get(target).status, 404, target)
+        for form in ("html", "text", "json", "atom"):
+            self.assertNotIn(b"tutorial", self.get(f"/?format={form}").body)
+
+    def test_xml_rpc(self) -> None:
+        proxy = self.rpc()
+        for user in ("moshez", "Moshez", "guest"):
+            self.assertEqual(proxy.getPlan(user), "\n".join(PLAN_LINES))
+        for user in ("shawn", "nobody", "", "../moshez"):
+            self.assertEqual(proxy.getPlan(user), "")
+        calls = xmlrpc.client.MultiCall(proxy)
+        calls.getPlan("guest")
+        self.assertEqual(list(calls()), ["\n".join(PLAN_LINES)])
+
+    def test_what_is_no_file_of_the_users_own_is_no_plan(self) -> None:
+        folder = self.folder()
+        put(folder / "good", "plan\n")
+        put(folder / "two names", "plan\n")
+        os.link(folder / "two names", folder / "hard link")
+        (folder / "symbolic link").symlink_to("good")
+        (folder / "dangling").symlink_to("missing")
+        (folder / "directory").mkdir()
+        os.mkfifo(folder / "fifo")
+        unix = self.keep(socket.socket(socket.AF_UNIX))
+        unix.bind(str(folder / "socket"))
+        if ROOT:
+            with contextlib.suppress(PermissionError):  # in some containers
+                os.mknod(folder / "device", 0o20666, os.makedev(1, 5))
+        put(folder / "unreadable", "plan\n")
+        (folder / "unreadable").chmod(0)
+        plans = self.reader(folder)
+        self.assertEqual(plans.read("good"), ["plan"])
+        for path in folder.iterdir():
+            if path.name != "good" and not (ROOT and path.name == "unreadable"):
+                self.assertEqual(plans.read(path.name), [], path.name)
+
+    def test_a_name_that_is_no_file_name_never_reaches_the_file_system(self) -> None:
+        plans = self.reader(_load=mock.Mock(return_value=["plan"]))
+        for name in ("", ".", "..", "../moshez", "a/b", "/etc/passwd", ".plan", "a:b", "x" * 65):
+            self.assertEqual(plans.read(name), [], name)
+        plans._load.assert_not_called()
+        self.assertEqual(plans.read("Moshez"), ["plan"])
+        plans._load.assert_called_once_with("moshez")
+
+    def account(self, name: str = "moshez", uid: int = 12345, home: Any = None) -> Any:
+        """The `--plans home` of a machine with one account, whose plan is there."""
+        home = home or self.folder()
+        put(home / ".plan", "plan\n")
+        if ROOT:
+            os.chown(home / ".plan", uid, uid)
+        uid = (home / ".plan").stat().st_uid
+        found = {name: pwd.struct_passwd((name, "x", uid, uid, "", str(home), "/bin/sh"))}
+        patch = mock.patch("pwd.getpwnam", found.__getitem__)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return self.reader("home", _first_uid=min(uid, 1000)), home
+
+    def test_a_persons_own_file_is_the_plan(self) -> None:
+        plans, home = self.account()
+        self.assertEqual((plans.read("Moshez"), plans.read("nobody")), (["plan"], []))
+        (home / ".nofinger").symlink_to("missing")
+        self.assertEqual(plans.read("moshez"), [])
+        (home / ".nofinger").unlink()
+        self.assertEqual(plans.read("moshez"), ["plan"])
+        plans, _ = self.account("nobody")
+        self.assertEqual(plans.read("nobody"), [])
+
+    def test_another_users_file_is_no_plan(self) -> None:
+        plans, home = self.account()
+        other = self.folder() / "secret"
+        put(other, "secret\n")
+        for replace in (
+            lambda: (home / ".plan").symlink_to(other),
+            lambda: os.link(other, home / ".plan"),
+            lambda: put(home / ".plan", "theirs\n"),  # root's, if root runs this
+        ):
+            (home / ".plan").unlink()
+            replace()
+            if ROOT or (home / ".plan").stat().st_nlink != 1 or (home / ".plan").is_symlink():
+                self.assertEqual(plans.read("moshez"), [])
+
+    def test_system_accounts_have_no_plan(self) -> None:
+        for text, first in (
+            ("#\n#UID_MIN 7\nUID_MIN\t\t500 # x\n", 500),
+            ("UID_MAX 60000\n", 1000),
+        ):
+            with mock.patch("pathlib.Path.read_text", return_value=text):
+                self.assertEqual(self.reader("home")._first_uid, first)
+        with mock.patch("pathlib.Path.read_text", side_effect=FileNotFoundError):
+            self.assertEqual(self.reader("home")._first_uid, 1000)
+        plans, home = self.account("daemon", 999)
+        self.assertEqual(plans.read("daemon"), ["plan"])
+        plans._first_uid = (home / ".plan").stat().st_uid + 1
+        self.assertEqual(plans.read("daemon"), [])
+
+    def test_a_disk_that_hangs_costs_the_plan_alone(self) -> None:
+        self.patch(PLAN_SECONDS=0.05)
+        logged, disk = self.watch_log(), threading.Event()
+        self.addCleanup(disk.set)
+        load = fingerd.Plans._load
+        plans = self.reader()
+
+        def slow(user: str) -> Any:
+            if user != "guest":
+                disk.wait()
+            return load(plans, user)
+
+        plans._load = slow
+        server = self.server(fingerd.FingerServer, make_store(), fingerd.Policy(), plans)
+
+        def held() -> int:
+            return sum(thread.name == "plan" for thread in threading.enumerate())
+
+        for _ in range(3):
+            self.assertEqual(ask(server.port, b"moshez\n"), HAPPY)
+        self.assertEqual(held(), 1)
+        self.assertTrue(ask(server.port, b"guest\n").startswith(b"Plan:\r\n"))
+        in_parallel(100, lambda number: ask(server.port, b"user%d\n" % number))
+        most = held()
+        in_parallel(100, lambda number: ask(server.port, b"another%d\n" % number))
+        self.assertEqual(ask(server.port, b"guest\n"), b"No such user\r\n")
+        self.assertLess(most, fingerd.LATE_PLANS + fingerd.WORKERS)
+        self.assertEqual(held(), most)
+        self.assertEqual(sum("does not answer" in line for line in logged), 1)
+        disk.set()
+        until(lambda: not held())
+        self.assertTrue(ask(server.port, b"moshez\n").endswith("sleep \u2615\r\n".encode()))
+
+    def test_without_the_option_nothing_is_a_job(self) -> None:
+        server = self.server(fingerd.FingerServer, make_store(), fingerd.Policy())
+        self.assertIsInstance(server.reply(b"moshez\n", False, None), fingerd.Reply)
+        server.plans = self.reader()
+        self.assertTrue(callable(server.reply(b"moshez\n", False, None)))
+        self.assertIsInstance(server.reply(b"\n", False, None), fingerd.Reply)
+
+    def test_the_directory_has_to_be_there(self) -> None:
+        for place in ("/missing", str(FINGERD)):
+            words = command(self.service.users, "--plans", place)
+            self.refuses_to_start(words, f"--plans: {place}: not a directory")
 
 
 # ================================================================================================
