@@ -261,8 +261,13 @@ class Response(NamedTuple):
     body: bytes
 
 
-def request(target: str = "/moshez", *headers: str, method: str = "GET", body: bytes = b"",
-            version: str = "1.1") -> bytes:  # fmt: skip
+def request(
+    target: str = "/moshez",
+    *headers: str,
+    method: str = "GET",
+    body: bytes = b"",
+    version: str = "1.1",
+) -> bytes:
     """A whole request."""
     lines = [f"{method} {target} HTTP/{version}", "Host: h", *headers]
     lines += [f"Content-Length: {len(body)}"] if body else []
@@ -299,8 +304,9 @@ def responses(data: bytes, *methods: str) -> list[Response]:
     return found
 
 
-def fetch(port: int, *target: str, method: str = "GET", host: str = "127.0.0.1",
-          **more: Any) -> Response:  # fmt: skip
+def fetch(
+    port: int, *target: str, method: str = "GET", host: str = "127.0.0.1", **more: Any
+) -> Response:
     """The one response to a request, whose parts are those of `request`."""
     answer = ask(port, request(*target, method=method, **more), host=host)
     (response,) = responses(answer, method)
@@ -650,21 +656,34 @@ class CodecsTest(Case):
                     arguments = (arguments,)
                 self.assertEqual(function(*arguments), wanted)
 
+    def replay(self, parse: Callable[..., Any], data: bytes, wanted: Any, more: bytes) -> None:
+        """Check a parser on `data` whole, with more behind it, and on each beginning of it."""
+        for whole in (data, data + more):
+            self.assertEqual(parse(whole, False), wanted)
+        step = 1 if len(data) < 600 else 97
+        for size in range(0, len(data), step):
+            self.assertIsNone(parse(data[:size], False), data[:size])
+
     def test_text_becomes_one_printable_line(self) -> None:
         self.table(
             fingerd.clean,
             [
-                ("", ""), (" a  b ", "a  b"), ("a\tb\t", "a b"),
+                ("", ""),
+                (" a  b ", "a  b"),
+                ("a\tb\t", "a b"),
                 ("a\r\nb\x00\x1b[1m\x7f\x85\x9bc", "ab[1mc"),
                 ("a\u2028b\u2029c\u202ed\u2066e\u2069f", "abcdef"),
                 ("a\ud800b\udfffc\ufffed\uffffe\ufdd0f", "abcdef"),
                 (FAMILY + " \u0646\u200c\u0647", FAMILY + " \u0646\u200c\u0647"),
-                ("\u00a0zo\u00e9\u3000", "zo\u00e9"), ("\ufeffa\ufeff", "a"),
-                ("zoe\u0301", "zo\u00e9"), ("zoe\u200b\u0301", "zoe\u200b\u0301"),
-                ("e\u202e\u0301", "\u00e9"), ("e\u0301" * 1_000, "\u00e9" * 1_000),
+                ("\u00a0zo\u00e9\u3000", "zo\u00e9"),
+                ("\ufeffa\ufeff", "a"),
+                ("zoe\u0301", "zo\u00e9"),
+                ("zoe\u200b\u0301", "zoe\u200b\u0301"),
+                ("e\u202e\u0301", "\u00e9"),
+                ("e\u0301" * 1_000, "\u00e9" * 1_000),
                 ("a" + "\u0301\u0323" * 300_000, "a" + "\u0301\u0323" * 300_000),
-            ]
-        )  # fmt: skip
+            ],
+        )
         self.table(fingerd.decode, [(b"zo\xc3\xa9", "zo\u00e9"), (b"zo\xe9", "zo\ufffd")])
 
     def test_bad_names_have_a_problem(self) -> None:
@@ -739,32 +758,45 @@ class CodecsTest(Case):
             self.assertTrue(line.endswith("\n"))
 
     FINGER: ClassVar = [
-        (b"", Query()), (b"  ", Query()), (b"moshez", Query("moshez")),
-        (b"  moshez\t ", Query("moshez")), (b"John  Doe", Query("John  Doe")),
-        (b"zo\xc3\xa9", Query("zo\u00e9")), (b"zo\xe9", Query("zo\ufffd")),
-        (b"a\x1b[1mb\x9c", Query("a[1mb\ufffd")), (b"/W", Query("", True)),
-        (b" /w ", Query("", True)), (b"/W moshez", Query("moshez", True)),
-        (b"/w\t  moshez", Query("moshez", True)), (b"moshez /W", Query("moshez", True)),
-        (b"moshez  /w ", Query("moshez", True)), (b"/Wmoshez", Query("/Wmoshez")),
-        (b"moshez/W", Query("moshez/W")), (b"moshez@host", Query("moshez", host="host")),
+        (b"", Query()),
+        (b"  ", Query()),
+        (b"moshez", Query("moshez")),
+        (b"  moshez\t ", Query("moshez")),
+        (b"John  Doe", Query("John  Doe")),
+        (b"zo\xc3\xa9", Query("zo\u00e9")),
+        (b"zo\xe9", Query("zo\ufffd")),
+        (b"a\x1b[1mb\x9c", Query("a[1mb\ufffd")),
+        (b"/W", Query("", True)),
+        (b" /w ", Query("", True)),
+        (b"/W moshez", Query("moshez", True)),
+        (b"/w\t  moshez", Query("moshez", True)),
+        (b"moshez /W", Query("moshez", True)),
+        (b"moshez  /w ", Query("moshez", True)),
+        (b"/Wmoshez", Query("/Wmoshez")),
+        (b"moshez/W", Query("moshez/W")),
+        (b"moshez@host", Query("moshez", host="host")),
         (b"/W moshez @ Host ", Query("moshez", True, "Host")),
-        (b"moshez@host /W", Query("moshez", True, "host")), (b"@host", Query("", host="host")),
-        (b"moshez@", Query("moshez", host="")), (b"moshez@a@b", Query("moshez", host="a@b")),
+        (b"moshez@host /W", Query("moshez", True, "host")),
+        (b"@host", Query("", host="host")),
+        (b"moshez@", Query("moshez", host="")),
+        (b"moshez@a@b", Query("moshez", host="a@b")),
         (b"\xff\xfd\x01\xff\xfb\x1f moshez", Query("moshez")),
         (b"\xff\xfa\x18\x00xterm\xff\xf0\xff\xf1moshez", Query("moshez")),
         (b"\xff\xfd\n\xff\xfe\rmoshez", Query("moshez")),
-        (b"GET / HTTP/1.0", Query("GET / HTTP/1.0")), (b"x" * 512, Query("x" * 512)),
-        (b"x" * 513, Query(too_long=True))
-    ]  # fmt: skip
+        (b"GET / HTTP/1.0", Query("GET / HTTP/1.0")),
+        (b"x" * 512, Query("x" * 512)),
+        (b"x" * 513, Query(too_long=True)),
+    ]
 
     def test_finger_queries(self) -> None:
         for line, query in self.FINGER:
             with self.subTest(line):
-                for end in (b"\n", b"\r\n", b"\r\0", b"\nand more\r\n"):
-                    self.assertEqual(fingerd.parse_finger(line + end, False), query)
                 self.assertEqual(fingerd.parse_finger(line, True), query)
-                for size in range(len(line) if len(line) < 513 else 513):
-                    self.assertIsNone(fingerd.parse_finger(line[:size], False))
+                if query.too_long:  # however it ends
+                    self.assertEqual(fingerd.parse_finger(line, False), query)
+                    continue
+                for end in (b"\n", b"\r\n", b"\r\0"):
+                    self.replay(fingerd.parse_finger, line + end, query, b"and more\r\n")
 
     def test_a_finger_query_without_an_end_is_too_long_in_the_end(self) -> None:
         for endless in (b"x", b" ", b"\t", b"\r", b"\0", b"\xff", b"\xff\xf1", b"\xff\xfd\x01"):
@@ -773,32 +805,27 @@ class CodecsTest(Case):
                 self.assertEqual(query, Query(too_long=True))
 
     def test_settings(self) -> None:
-        rows: list[tuple[bytes, Any, Any]] = [  # what came, the setting so far, and at the end
-            (b"moshez\nhi\n", Setting("moshez", "hi"), None),
-            (b" moshez \r\n hi\tyou \r\n", Setting("moshez", "hi you"), None),
-            (b"moshez\nhi\nmore\nlines", Setting("moshez", "hi"), None),
-            (b"moshez\n\n", Setting("moshez", ""), None),
-            (b"moshez\r\n\r\n", Setting("moshez", ""), None),
-            (b"\xef\xbb\xbfmoshez\nhi\n", Setting("moshez", "hi"), None),  # from PowerShell
-            (b"zo\xc3\xa9\ncaf\xe9\x1b\n", Setting("zo\u00e9", "caf\ufffd"), None),
-            (b"John Doe\n: @ /\n", Setting("John Doe", ": @ /"), None),
-            (b"moshez\n" + b"x" * 1000 + b"\n", Setting("moshez", "x" * 1000), None),
-            (b"moshez\nhi", None, Setting("moshez", "hi")),
-            (b"moshez: 2h\nhi\n", Setting("moshez", "hi", "", "2h"), None),
+        rows = [  # two lines without the end of the second, and that
+            (b"moshez\nhi", b"\n", Setting("moshez", "hi")),
+            (b" moshez \r\n hi\tyou ", b"\r\n", Setting("moshez", "hi you")),
+            (b"moshez\n ", b"\n", Setting("moshez", "")),
+            (b"moshez\r\n ", b"\r\n", Setting("moshez", "")),
+            (b"\xef\xbb\xbfmoshez\nhi", b"\n", Setting("moshez", "hi")),  # from PowerShell
+            (b"zo\xc3\xa9\ncaf\xe9\x1b", b"\n", Setting("zo\u00e9", "caf\ufffd")),
+            (b"John Doe\n: @ /", b"\n", Setting("John Doe", ": @ /")),
+            (b"moshez\n" + b"x" * 1000, b"\n", Setting("moshez", "x" * 1000)),
+            (b"moshez: 2h\nhi", b"\n", Setting("moshez", "hi", "", "2h")),
             (
-                b" moshez:2026-12-24 14:00 \r\nhi\n",
+                b" moshez:2026-12-24 14:00 \r\nhi",
+                b"\n",
                 Setting("moshez", "hi", "", "2026-12-24 14:00"),
-                None,
             ),
-            (b"moshez:\n\n", Setting("moshez", "", "", ""), None),
+            (b"moshez:\n ", b"\n", Setting("moshez", "", "", "")),
         ]
-        for data, so_far, at_the_end in rows:
+        for data, end, setting in rows:
             with self.subTest(data):
-                self.assertEqual(fingerd.parse_setting(data, False), so_far)
-                self.assertEqual(fingerd.parse_setting(data, True), so_far or at_the_end)
-                line = data[: data.find(b"\n", data.find(b"\n") + 1)] if so_far else data
-                for size in range(len(line) + 1):
-                    self.assertIsNone(fingerd.parse_setting(line[:size], False))
+                self.assertEqual(fingerd.parse_setting(data, True), setting)
+                self.replay(fingerd.parse_setting, data + end, setting, b"more\nlines")
 
     def test_ends_of_messages(self) -> None:
         def local(text: str) -> datetime.datetime:
@@ -977,10 +1004,7 @@ class CodecsTest(Case):
         for data, more in self.HEADS:
             with self.subTest(data[:60]):
                 wanted = Head(**{**plain, "keep": True, "size": len(data), **more})
-                self.assertEqual(fingerd.parse_http_head(data, False), wanted)
-                self.assertEqual(fingerd.parse_http_head(data + b"body\n\n", False), wanted)
-                for size in range(0, len(data), 1 if len(data) < 500 else 97):
-                    self.assertIsNone(fingerd.parse_http_head(data[:size], False))
+                self.replay(fingerd.parse_http_head, data, wanted, b"body\n\n")
 
     BAD_LINES: ClassVar = [
         "GET /",
@@ -1842,14 +1866,24 @@ class FingerTest(SharedCase):
             (b"\r\n", everybody),
             (b"\n", everybody),
             (b"@localhost\r\n", everybody),
-            *[(f"moshez@{host}\r\n".encode(), HAPPY) for host in (
-                "localhost", "LocalHost.", "127.0.0.1", "finger.example", socket.gethostname())],
-            *[(f"moshez@{host}\r\n".encode(), denied) for host in (
-                "elsewhere.example", "127.0.0.2", "localhost@elsewhere.example")],
+            *[
+                (f"moshez@{host}\r\n".encode(), HAPPY)
+                for host in (
+                    "localhost",
+                    "LocalHost.",
+                    "127.0.0.1",
+                    "finger.example",
+                    socket.gethostname(),
+                )
+            ],
+            *[
+                (f"moshez@{host}\r\n".encode(), denied)
+                for host in ("elsewhere.example", "127.0.0.2", "localhost@elsewhere.example")
+            ],
             (b"@elsewhere.example\r\n", denied),
             (b"x" * 513 + b"\r\n", b"Query too long\r\n"),
             (b"x" * 50_000, b"Query too long\r\n"),
-        ]  # fmt: skip
+        ]
         port = self.service.port("finger")
         for query, answer in rows:
             with self.subTest(query[:60]):
@@ -1910,11 +1944,15 @@ class SetterTest(SharedCase):
             (b"moshez\nGiving a tutorial now, sorry!\n", "Giving a tutorial now, sorry!"),
             (b" moshez\r\n two\twords \r\n", "two words"),
             (b"moshez\nlast\nshawn\nignored\n", "last"),
-            ("moshez\n<b> & \u2615\n".encode(), "<b> & \u2615"), (b"moshez\n\n", "Happy and well")
-        ]  # fmt: skip
+            ("moshez\n<b> & \u2615\n".encode(), "<b> & \u2615"),
+            (b"moshez\n\n", "Happy and well"),
+        ]
         port = self.service.port("setter")
-        for send in (lambda data: ask(port, data), lambda data: ask(port, data, half_close=False),
-                     lambda data: piecemeal(port, data)):  # fmt: skip
+        for send in (
+            lambda data: ask(port, data),
+            lambda data: ask(port, data, half_close=False),
+            lambda data: piecemeal(port, data),
+        ):
             for data, text in rows:
                 with self.subTest(data):
                     self.assertEqual(send(data), b"OK\r\n")
@@ -1978,10 +2016,21 @@ class SetterTest(SharedCase):
         self.service.set("moshez", "before")
         everybody = self.service.finger("")
         rows = [
-            b"", b"\n", b"moshez", b"moshez\n", b"moshez\r\n", b"\nhi\n", b"a:b\nhi\n", b"#\nhi\n",
-            b"x" * 65 + b"\nhi\n", b"\xe9\nhi\n", b"moshez\n" + b"x" * 1001 + b"\n", b"x" * 9000,
-            post(b"moshez\nhi\n", target="/moshez"), b"moshez\n" + b"x" * 50_000,
-        ]  # fmt: skip
+            b"",
+            b"\n",
+            b"moshez",
+            b"moshez\n",
+            b"moshez\r\n",
+            b"\nhi\n",
+            b"a:b\nhi\n",
+            b"#\nhi\n",
+            b"x" * 65 + b"\nhi\n",
+            b"\xe9\nhi\n",
+            b"moshez\n" + b"x" * 1001 + b"\n",
+            b"x" * 9000,
+            post(b"moshez\nhi\n", target="/moshez"),
+            b"moshez\n" + b"x" * 50_000,
+        ]
         for data in rows:
             with self.subTest(data[:60]):
                 answer = ask(self.service.port("setter"), data)
@@ -3122,10 +3171,13 @@ class RealClientsTest(unittest.TestCase):
     def client(self, words: list[str], stdin: bytes = b"", hold: bool = False) -> str:
         """What a client prints until it ends; `hold` leaves its input open until then."""
         client = subprocess.Popen(
-            [*self.prefix, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "HOME": str(self.service.folder), "TERM": "dumb",
-                 "http_proxy": ""})  # fmt: skip
+            [*self.prefix, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "HOME": str(self.service.folder), "TERM": "dumb", "http_proxy": ""},
+        )
         timer = threading.Timer(DEADLINE, os.killpg, (client.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -3148,36 +3200,46 @@ class RealClientsTest(unittest.TestCase):
         happy, everybody, query = "Happy and well", "shawn: alive", b"moshez\r\n"
         port, web, setter = self.service.port("finger"), self.url, self.service.port("setter")
         usual = [
-            ("finger moshez@127.0.0.1", happy), ("finger -l moshez@127.0.0.1", "Login: moshez"),
-            ("finger @127.0.0.1", everybody), ("finger moshez@localhost@127.0.0.1", happy),
+            ("finger moshez@127.0.0.1", happy),
+            ("finger -l moshez@127.0.0.1", "Login: moshez"),
+            ("finger @127.0.0.1", everybody),
+            ("finger moshez@localhost@127.0.0.1", happy),
             ("finger moshez@elsewhere@127.0.0.1", "forwarding service denied"),
-            ("finger moshez@::1", happy), ("lynx -dump finger://127.0.0.1/moshez", happy),
+            ("finger moshez@::1", happy),
+            ("lynx -dump finger://127.0.0.1/moshez", happy),
             ("links -dump finger://moshez@127.0.0.1/", "Status: " + happy),
             ("elinks -dump finger://moshez@127.0.0.1/", happy),
-            ("curl -sS http://[::1]:8000/moshez?format=text", happy)
-        ]  # fmt: skip
+            ("curl -sS http://[::1]:8000/moshez?format=text", happy),
+        ]
         plain = [
             (f"curl -sS gopher://127.0.0.1:{port}/0moshez", happy),
             (f"curl -sS gopher://127.0.0.1:{port}/0/W%20moshez", "Login: moshez"),
             (f"curl -sS {web}/moshez", f"<h1>moshez</h1><p>{happy}</p>"),
             (f"curl -sS --http2 {web}/moshez?format=text", happy),
-            (f"curl -sSI {web}/", "HTTP/1.1 200 OK"), (f"lynx -dump {web}/", "Happy and well"),
-            (f"links -dump {web}/moshez", happy), (f"elinks -dump {web}/moshez", happy),
-            (f"wget -qO- {web}/moshez", happy), (f"xmlrpc {web}/RPC2 getUser s/moshez", happy),
+            (f"curl -sSI {web}/", "HTTP/1.1 200 OK"),
+            (f"lynx -dump {web}/", "Happy and well"),
+            (f"links -dump {web}/moshez", happy),
+            (f"elinks -dump {web}/moshez", happy),
+            (f"wget -qO- {web}/moshez", happy),
+            (f"xmlrpc {web}/RPC2 getUser s/moshez", happy),
             (f"xmlrpc {web} getUser s/moshez", happy),
-            (f"{CHROMIUM.format(folder=self.service.folder)} {web}/moshez",
-             f"<h1>moshez</h1><p>{happy}</p>")
-        ]  # fmt: skip
+            (
+                f"{CHROMIUM.format(folder=self.service.folder)} {web}/moshez",
+                f"<h1>moshez</h1><p>{happy}</p>",
+            ),
+        ]
         silent = (usual if self.own else []) + plain
         return [
             *[(words, b"", False, wanted) for words, wanted in silent],
-            *[(f"{client} 127.0.0.1 {port}", query, False, happy) for client in (
-                "nc.openbsd -N", "nc.openbsd", "nc.traditional -q 1")],
+            *[
+                (f"{client} 127.0.0.1 {port}", query, False, happy)
+                for client in ("nc.openbsd -N", "nc.openbsd", "nc.traditional -q 1")
+            ],
             (f"nc.openbsd -N 127.0.0.1 {setter}", b"guest\nhello\n", False, "OK"),
             (f"telnet 127.0.0.1 {port}", query, True, happy),
             (f"curl -sS telnet://127.0.0.1:{port}", query, False, happy),
             (f"curl -sS -H Expect:100-continue --data-binary @- {web}/RPC2", CALL, False, happy),
-        ]  # fmt: skip
+        ]
 
     def test_each_gets_the_answer(self) -> None:
         rows = [row for row in self.commands() if shutil.which(row[0].split()[0])]
@@ -3190,8 +3252,10 @@ class RealClientsTest(unittest.TestCase):
                     self.assertIn(wanted, output.result())
 
     def test_xml_rpc_in_other_languages(self) -> None:
-        for words, module, script in (("perl", "-MRPC::XML::Client", PERL),
-                                      ("ruby", "-rxmlrpc/client", RUBY)):  # fmt: skip
+        for words, module, script in (
+            ("perl", "-MRPC::XML::Client", PERL),
+            ("ruby", "-rxmlrpc/client", RUBY),
+        ):
             with self.subTest(words):
                 if not shutil.which(words) or self.client([words, module, "-e", "1"]):
                     self.skipTest(f"no XML-RPC for {words}")
@@ -4716,8 +4780,18 @@ class DurabilityTest(Case):
             for text in ("second", ""):
                 service = self.launch()
                 service.set("shawn", "first")
-                words = ["strace", "-f", "-p", str(service.pid), "-e", f"trace={calls}", "-o",
-                         os.devnull, "-e", f"inject={calls}:error=EIO"]  # fmt: skip
+                words = [
+                    "strace",
+                    "-f",
+                    "-p",
+                    str(service.pid),
+                    "-e",
+                    f"trace={calls}",
+                    "-o",
+                    os.devnull,
+                    "-e",
+                    f"inject={calls}:error=EIO",
+                ]
                 with subprocess.Popen(words, stderr=subprocess.PIPE) as strace:
                     assert strace.stderr
                     if b"attached" not in strace.stderr.readline():
@@ -4964,10 +5038,19 @@ class PrivilegesTest(Case):
 
 HALF = {"finger": b"mosh", "setter": b"moshez\nhacked", "web": b"GET / HTTP/1.1\r\nHost: "}
 ENDLESS = [
-    ("finger", b" "), ("finger", b"\xff\xfb\x01"), ("finger", b"\xff\xfa"), ("finger", b"x"),
-    ("finger", b"\r"), ("web", b"\r\n"), ("web", b"GET / HTTP/1.1\r\nX:"), ("web", b"x"),
-    ("setter", b"x"), ("setter", b"\n"), ("setter", b"x\n"), ("setter", b"\r"),
-]  # fmt: skip
+    ("finger", b" "),
+    ("finger", b"\xff\xfb\x01"),
+    ("finger", b"\xff\xfa"),
+    ("finger", b"x"),
+    ("finger", b"\r"),
+    ("web", b"\r\n"),
+    ("web", b"GET / HTTP/1.1\r\nX:"),
+    ("web", b"x"),
+    ("setter", b"x"),
+    ("setter", b"\n"),
+    ("setter", b"x\n"),
+    ("setter", b"\r"),
+]
 SOAP = b"POST /RPC2 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 KINDS = [  # of connections; %d is another number each time
     *[("finger", data) for data in (b"moshez\r\n", b"\r\n", b"%d\r\n", b"half%d", b"")],
@@ -5407,21 +5490,50 @@ class HostileTest(Case):
 
 
 GOOD = [
-    b"moshez\r\n", b"/W shawn@localhost\r\n", b"\xff\xfb\x01\xff\xfa\x18\xff\xf0 \r\n", b"\r\0",
-    b"shawn\nnew\n", "né\u200d\u202e\tx\n\x85\ufeffy\n".encode(), b"# c\na: b\n:\n\xef\xbb\xbfx:\n",
+    b"moshez\r\n",
+    b"/W shawn@localhost\r\n",
+    b"\xff\xfb\x01\xff\xfa\x18\xff\xf0 \r\n",
+    b"\r\0",
+    b"shawn\nnew\n",
+    "né\u200d\u202e\tx\n\x85\ufeffy\n".encode(),
+    b"# c\na: b\n:\n\xef\xbb\xbfx:\n",
     b"GET /moshez?format=json HTTP/1.1\r\nHost: localhost\r\nAccept: text/*;q=0.5,*/*;q=0\r\n\r\n",
     b"HEAD http://x//%00/..%2f%ff HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
     b"POST /RPC2 HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\nExpect: 100-continue\r\n\r\n<a></a>",
     b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /\r\n", call("getUser", "shawn"), KOI8_CALL,
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET /\r\n",
+    call("getUser", "shawn"),
+    KOI8_CALL,
     call("system.multicall", [{"methodName": "getUser", "params": ["x"]}] * 2),
     call("x", 1, b"y"),
-]  # fmt: skip
+]
 EDGES = [
-    b"\r\n", b"\n", b"\0", b"\xff", b"\xff\xfa", b"\xff\xfd", b" ", b":", b"@", b"/W", b"\xe9",
-    b"\xc3", b"%", b"?", b";q=", b",", b"*/*", b"&#1;", b"-1", b"9" * 5_000, b"\xed\xa0\x80",
-    b"<int>", b"</params>", b"<fault>",
-]  # fmt: skip
+    b"\r\n",
+    b"\n",
+    b"\0",
+    b"\xff",
+    b"\xff\xfa",
+    b"\xff\xfd",
+    b" ",
+    b":",
+    b"@",
+    b"/W",
+    b"\xe9",
+    b"\xc3",
+    b"%",
+    b"?",
+    b";q=",
+    b",",
+    b"*/*",
+    b"&#1;",
+    b"-1",
+    b"9" * 5_000,
+    b"\xed\xa0\x80",
+    b"<int>",
+    b"</params>",
+    b"<fault>",
+]
 
 
 def cases(count: int) -> Iterator[bytes]:
