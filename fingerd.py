@@ -556,7 +556,7 @@ def parse_complete_head(line: re.Match[bytes], fields: bytes, size: int) -> Http
     )
 
 
-def parse_http_head(data: bytes, ended: bool) -> HttpHead | None:
+def parse_http_head(data: bytes) -> HttpHead | None:
     """The request head at the front of `data`, or None while it is incomplete."""
     begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with an extra line
     end = _HEAD_END.search(data, begin)
@@ -655,11 +655,6 @@ class View(NamedTuple):
     format: str  # a name in FORMATS, or "" if the client accepts none of them
     by_name: bool = False  # the list of users, instead of the newest status first
     reload: bool = False  # every REFRESH_SECONDS
-
-    def query(self) -> str:
-        """The query of a link to an HTML page that is seen in this way, in HTML."""
-        words = ["sort=name"] * self.by_name + [f"refresh={REFRESH_SECONDS}"] * self.reload
-        return "?" + "&amp;".join(words) if words else ""
 
 
 def choose_format(accept: str) -> str:
@@ -771,6 +766,14 @@ def html_page(title: str, main: str, url: str = "") -> str:
 def html_time(when: float) -> str:
     """`when` as an exact <time> element."""
     return f'<time datetime="{iso_time(when)}">{plain_time(when)}</time>'
+
+
+def page_links(url: str) -> str:
+    """Links to the feed for the page at `url`, and to the page itself as it reloads or not."""
+    return (
+        f'<a href="{url}?format=atom">feed</a> · reload <a href="{url}?refresh={REFRESH_SECONDS}">'
+        f'every {REFRESH_SECONDS} s</a> or <a href="{url}">never</a>'
+    )
 
 
 def html_error(title: str, words: str, rest: str = "") -> str:
@@ -1545,12 +1548,7 @@ class Page(NamedTuple):
 def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
     """The page of `texts`, which changed last at `since`."""
     texts = iter(texts)
-    blocks = iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b"")
-    pieces = [  # small ones, since each client that reads slowly holds a copy of one
-        block[start : start + BLOCK_BYTES]
-        for block in blocks
-        for start in range(0, len(block), BLOCK_BYTES)
-    ]
+    pieces = list(iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b""))
     headers = {
         "Cache-Control": "no-cache",
         "Vary": "Accept",
@@ -1586,23 +1584,12 @@ def finger_links(user: str, policy: Policy) -> list[str]:
     return [f"<code>{html.escape(command)}</code>", f'<a href="{url}">finger</a>']
 
 
-def reload_link(url: str, view: View) -> str:
-    """A link that makes the page at `url` reload, or stops that."""
-    words = "stop reloading" if view.reload else f"reload every {REFRESH_SECONDS} s"
-    return f'<a href="{url}{view._replace(reload=not view.reload).query()}">{words}</a>'
-
-
 def user_html(
-    user: str, status: Status, view: View, base: str, policy: Policy, plan: Iterable[str]
+    user: str, status: Status, base: str, policy: Policy, plan: Iterable[str] = ()
 ) -> str:
     """The page of one user; `base` is the URL of everybody's page, escaped."""
     url = user_url(base, user)
-    links = [
-        f'<a href="{base}">everybody</a>',
-        *finger_links(user, policy),
-        f'<a href="{url}?format=atom">feed</a>',
-        reload_link(url, view),
-    ]
+    links = [f'<a href="{base}">everybody</a>', *finger_links(user, policy), page_links(url)]
     main = f"<h1>{html.escape(user)}</h1>"
     if status.text:
         until = f", until {html_time(status.until)}" if status.until else ""
@@ -1619,45 +1606,35 @@ def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
     return heapq.nlargest(count, now.users(), key=lambda item: item[1].since)
 
 
-def first_status_html(policy: Policy) -> str:
-    """How to set a status, for the list of nobody."""
+def no_status_html(policy: Policy) -> str:
+    """How to set the first status."""
     setter = f"printf 'user\\nstatus\\n' | nc localhost {policy.setter_port}"
-    command = f", or on this machine by <code>{setter}</code>" if policy.setter_port else ""
-    return (
-        "<p>Nobody has a status yet. The first one can be set by a line "
-        f"<code>user: status</code> in the users file{command}.</p>\n"
-    )
+    here = f", or on this machine by <code>{setter}</code>" if policy.setter_port else ""
+    line = "by a line <code>user: status</code> in the users file"
+    return f"<p>Nobody has a status yet. Set the first one {line}{here}.</p>\n"
 
 
-ORDER_LINKS = {  # by whether the list is sorted by name
-    False: 'newest first · <a href="{}">by name</a>',
-    True: '<a href="{}">newest first</a> · by name',
-}
-
-
-def list_html(now: Snapshot, view: View, base: str, policy: Policy) -> str:
+def list_html(now: Snapshot, by_name: bool, base: str, policy: Policy) -> str:
     """The page at /: how to ask for a user and, unless that is private, the users."""
-    title = f"Statuses at {policy.finger_host}"
-    heading, usage = f"<h1>{html.escape(title)}</h1>\n", "usage: site/user"
+    title, usage = f"Statuses at {policy.finger_host}", "usage: site/user"
+    heading = f"<h1>{html.escape(title)}</h1>\n"
     if policy.private:
         words = f"<p>The list of users is private here</p>\n<nav>{usage}</nav>"
         return html_page(title, heading + words)
-    links = [
-        usage,
-        ORDER_LINKS[view.by_name].format(base + view._replace(by_name=not view.by_name).query()),
-        f'<a href="{base}?format=atom">feed</a>',
-        reload_link(base, view),
-    ]
-    top = f"{heading}<p>What everybody here is up to</p>\n<nav>{' · '.join(links)}</nav>\n"
-    users = now.users() if view.by_name else newest(now, MAX_PAGE_USERS)
+    orders = f'sort by <a href="{base}">time</a> or <a href="{base}?sort=name">name</a>'
+    users = now.users() if by_name else newest(now, MAX_PAGE_USERS)
     rows = [
         f'<dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
         f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd>\n"
         for user, (text, since, _) in itertools.islice(users, MAX_PAGE_USERS)
     ]
-    listed = f"<dl>\n{''.join(rows)}</dl>\n" if rows else first_status_html(policy)
-    more = f"<p>... and {now.size() - len(rows)} more</p>\n" if now.size() > len(rows) else ""
-    return html_page(title, top + listed + more, base)
+    main = (
+        f"{heading}<p>What everybody here is up to</p>\n"
+        f"<nav>{usage} · {orders} · {page_links(base)}</nav>\n"
+    )
+    main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else no_status_html(policy)
+    more = now.size() - len(rows)
+    return html_page(title, main + (f"<p>... and {more} more</p>\n" if more else ""), base)
 
 
 class WebAnswers:
@@ -1671,7 +1648,7 @@ class WebAnswers:
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
         self._base = html.escape(policy.public_url or "/")  # the URL of everybody's page
-        self._lists: dict[View, tuple[int, Any]] = {}  # and the versions of the store
+        self._lists: dict[Any, tuple[int, Any]] = {}  # and the versions of the store
         self._remembered = functools.lru_cache(MAX_PAGES)(self._user)
 
     def is_long(self, head: HttpHead) -> bool:
@@ -1680,7 +1657,7 @@ class WebAnswers:
         if head.path != "/" or self._policy.private or now.size() <= MAX_SHORT_LIST:
             return False
         view = parse_view(head.query, head.headers.get("accept", ""))
-        return view.format != "" and self._lists.get(view, (-1,))[0] != now.version
+        return view.format != "" and self._lists.get(view[:2], (-1,))[0] != now.version
 
     def refusal(self, head: HttpHead) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
@@ -1707,44 +1684,46 @@ class WebAnswers:
 
     def page(self, head: HttpHead, plan: Iterable[str] = ()) -> Page:
         """The page that a GET asks for; `plan` has the lines of the user's plan."""
-        page = self._page(head, plan)
-        if self._policy.public_url and head.path != "/RPC2":
-            page.headers.update(ANY_ORIGIN)
-        return page
-
-    def _page(self, head: HttpHead, plan: Iterable[str]) -> Page:
-        """The page without the header for other origins."""
         view = parse_view(head.query, head.headers.get("accept", ""))
+        page, headers = self._page(head, view, plan), {}
+        if view.reload and page.status == 200:
+            headers["Refresh"] = str(REFRESH_SECONDS)
+        if self._policy.public_url and head.path != "/RPC2":
+            headers.update(ANY_ORIGIN)
+        return page._replace(headers={**page.headers, **headers}) if headers else page
+
+    def _page(self, head: HttpHead, view: View, plan: Iterable[str]) -> Page:
+        """The page, without the headers that depend on more than the store and the view."""
         if not view.format:
             return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
         now, is_feed = self._store.snapshot(), view.format == "atom"
         if head.path == "/":
             if self._policy.private and view.format != "html":
                 return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
-            version, listed = self._lists.get(view, (-1, None))
+            version, listed = self._lists.get(view[:2], (-1, None))
             if version != now.version:
                 listed = newest(now, MAX_FEED) if is_feed else self._everybody(now, view)
-                self._lists[view] = now.version, listed
+                self._lists[view[:2]] = now.version, listed
             return self._feed(now, "", listed, head) if is_feed else listed
         name_asked = path_user(head.path)
         user = now.find(name_asked)
         status = now.get(user)
         if plan and view.format in ("html", "json"):
-            return self._user(view, user or name_asked, status or Status("", 0.0), plan)
+            return self._user(view.format, user or name_asked, status or Status("", 0.0), plan)
         if status is None:
             return self._nobody(view.format, name_asked[:MAX_NAME])
         if is_feed:
             return self._feed(now, user, [(user, status)], head)
-        return self._remembered(view, user, status)
+        return self._remembered(view.format, user, status)
 
-    def _user(self, view: View, user: str, status: Status, plan: Iterable[str] = ()) -> Page:
-        """The page of one user; not a feed. It has no date if it has a plan."""
-        if view.format == "html":
-            text = user_html(user, status, view, self._base, self._policy, plan)
+    def _user(self, name: str, user: str, status: Status, plan: Iterable[str] = ()) -> Page:
+        """The page of one user in the format `name`; not a feed. With a plan it has no date."""
+        if name == "html":
+            text = user_html(user, status, self._base, self._policy, plan)
         else:
-            text = status.text if view.format == "text" else json_status(user, *status, plan)
+            text = status.text if name == "text" else json_status(user, *status, plan)
             text += "\n"
-        return self._made(view, [text], -1 if plan else status.since)
+        return make_page(200, FORMATS[name], [text], -1 if plan else status.since)
 
     def _nobody(self, name: str, user: str) -> Page:
         """The page in the format `name` that says that there is no such user."""
@@ -1758,7 +1737,7 @@ class WebAnswers:
     def _everybody(self, now: Snapshot, view: View) -> Page:
         """The list of all users; not a feed."""
         if view.format == "html":
-            texts: Iterable[str] = [list_html(now, view, self._base, self._policy)]
+            texts: Iterable[str] = [list_html(now, view.by_name, self._base, self._policy)]
         elif view.format == "text":
             texts = (format_users_line(user, status.text) for user, status in now.users())
         else:
@@ -1766,14 +1745,7 @@ class WebAnswers:
             others = (",\n" + each for each in objects)
             texts = itertools.chain(["[", next(objects, "")], others, ["]\n"])
         since = -1 if self._policy.private else now.changed  # which would tell of messages
-        return self._made(view, texts, since)
-
-    def _made(self, view: View, texts: Iterable[str], since: float) -> Page:
-        """The page of these texts, which reloads if the client wants that."""
-        page = make_page(200, FORMATS[view.format], texts, since)
-        if view.reload:
-            page.headers["Refresh"] = str(REFRESH_SECONDS)
-        return page
+        return make_page(200, FORMATS[view.format], texts, since)
 
     def _feed(
         self, now: Snapshot, user: str, statuses: list[tuple[str, Status]], head: HttpHead
@@ -1843,9 +1815,11 @@ def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
     if status == 304:
         del headers["Content-Type"], headers["Content-Length"]
     top = format_http_head(status, headers)
-    if head.method == "HEAD" or status == 304 or not page.pieces:
+    if head.method == "HEAD" or status == 304:
         return [top]
-    return [top + page.pieces[0], *page.pieces[1:]]
+    if len(page.pieces) == 1 and len(page.pieces[0]) <= BLOCK_BYTES:
+        return [top + page.pieces[0]]
+    return [top, *page.pieces]  # which many responses share
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -2932,7 +2906,7 @@ class WebServer(Server):
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
         """The response to the first request in `received`."""
-        head = parse_http_head(received, ended)
+        head = parse_http_head(received)
         if head is None:
             return None
         body, refusal = parse_http_body(head, received), self.answers.refusal(head)

@@ -1004,7 +1004,9 @@ class CodecsTest(Case):
         for data, more in self.HEADS:
             with self.subTest(data[:60]):
                 wanted = Head(**{**plain, "keep": True, "size": len(data), **more})
-                self.replay(fingerd.parse_http_head, data, wanted, b"body\n\n")
+                self.replay(
+                    lambda data, _: fingerd.parse_http_head(data), data, wanted, b"body\n\n"
+                )
 
     BAD_LINES: ClassVar = [
         "GET /",
@@ -1132,20 +1134,20 @@ class CodecsTest(Case):
         ]
         for status, lines in rows:
             with self.subTest([line[:60] for line in lines]):
-                self.assertEqual(fingerd.parse_http_head(raw(*lines), False), Head(status))
+                self.assertEqual(fingerd.parse_http_head(raw(*lines)), Head(status))
 
     def test_a_line_that_is_no_request_is_refused_at_once(self) -> None:
         for line in (b"GET /moshez\r\n", b"moshez\n", b"\r\nhello \r\n", b"\x16\x03\x01\n"):
-            self.assertEqual(fingerd.parse_http_head(line, False), Head(400), line)
-            self.assertIsNone(fingerd.parse_http_head(line[:-1], False), line)
+            self.assertEqual(fingerd.parse_http_head(line), Head(400), line)
+            self.assertIsNone(fingerd.parse_http_head(line[:-1]), line)
 
     def test_a_request_head_without_an_end_is_too_long_in_the_end(self) -> None:
         start = raw("GET / HTTP/1.1", "Host: h")[:-2]
         for data, status in ((b"x" * 8193, 414), (start + b"a:b\r\n" * 4000, 431)):
-            self.assertEqual(fingerd.parse_http_head(data, False), Head(status))
+            self.assertEqual(fingerd.parse_http_head(data), Head(status))
         for endless in (b"\n", b"\r\n", b"\r", b" ", b"\0"):
             with self.subTest(endless):
-                self.assertIsNotNone(fingerd.parse_http_head(endless * 100_000, False))
+                self.assertIsNotNone(fingerd.parse_http_head(endless * 100_000))
 
     CHUNKED: ClassVar = [  # bodies, and the data in them
         (b"0\r\n\r\n", b""),
@@ -1202,7 +1204,7 @@ class CodecsTest(Case):
 
     def test_request_bodies(self) -> None:
         top = raw("POST / HTTP/1.1", "Host: h", "Transfer-Encoding: chunked")
-        head = fingerd.parse_http_head(top, False)
+        head = fingerd.parse_http_head(top)
         for data, body in self.CHUNKED:
             with self.subTest(data[:60]):
                 wanted = fingerd.HttpBody(0, len(data), body)
@@ -1281,9 +1283,6 @@ class CodecsTest(Case):
                 (("refresh=30&sort=name&format=json", ""), view("json")),
             ],
         )
-        for query in ("", "?sort=name", "?refresh=30", "?sort=name&amp;refresh=30"):
-            seen = fingerd.parse_view(html.unescape(query[1:]), "")
-            self.assertEqual(seen.query(), query)
 
     def test_addresses_in_a_status_are_links(self) -> None:
         for text, wanted in [
@@ -2181,14 +2180,15 @@ class WebTest(SharedCase):
         policy = fingerd.Policy(finger_host="<host>", public_url="http://h/s/")
         port = self.server(fingerd.WebServer, store, policy).port
         rows = [
-            ("/", "bac", ["?sort=name", "?format=atom", "?refresh=30"]),
-            ("/?sort=new&refresh=30", "bac", ["?sort=name&refresh=30", "?format=atom", ""]),
-            ("/?sort=name", "abc", ["", "?format=atom", "?sort=name&refresh=30"]),
-            ("/?sort=name&refresh=30", "abc", ["?refresh=30", "?format=atom", "?sort=name"]),
+            ("/", "bac"),
+            ("/?sort=new&refresh=30", "bac"),
+            ("/?sort=name", "abc"),
+            ("/?sort=name&refresh=30", "abc"),
         ]
-        for target, order, queries in rows:
+        for target, order in rows:
             with self.subTest(target):
                 page = fetch(port, target)
+                queries = ["", "?sort=name", "?format=atom", "?refresh=30", ""]
                 links = [f"http://h/s/{rest}" for rest in (*queries, *order)]
                 self.assertEqual(Links(page.body).hrefs, links)
                 self.assertEqual(page.headers.get("refresh"), "30" if "refresh" in target else None)
@@ -5503,6 +5503,7 @@ GOOD = [
     b"HEAD http://x//%00/..%2f%ff HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
     b"POST /RPC2 HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\nExpect: 100-continue\r\n\r\n<a></a>",
     b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+    b"3\r\nabc\r\n2;x\r\nde\r\n0\r\nX: y\r\n\r\n",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     b"GET /\r\n",
     call("getUser", "shawn"),
@@ -5577,7 +5578,7 @@ class FuzzTest(Case):
         user, text, problem, _ = fingerd.parse_setting(data, True)
         is_clean(user, text, problem)
         self.assertTrue(problem or not fingerd.name_problem(user) + fingerd.status_problem(text))
-        head = fingerd.parse_http_head(data, True)
+        head = fingerd.parse_http_head(data)
         if head and head.problem:
             fingerd.format_http_head(http.HTTPStatus(head.problem), {})
         elif head:
@@ -5589,9 +5590,14 @@ class FuzzTest(Case):
         rpc = fingerd.parse_rpc_call(data)
         self.assertEqual((type(rpc.method), type(rpc.params)), (str, tuple))
         self.assertFalse(rpc.fault and rpc.method)
-        for parse in (fingerd.parse_finger, fingerd.parse_setting, fingerd.parse_http_head):
-            early, later = parse(data[: len(data) // 2], False), parse(data, False)
-            if early is not None and not (parse is fingerd.parse_finger and b"\xff" in data):
+        for parse in (
+            lambda data: fingerd.parse_finger(data, False),
+            lambda data: fingerd.parse_setting(data, False),
+            fingerd.parse_http_head,
+            lambda data: fingerd.parse_http_body(Head(chunked=True), data),
+        ):
+            early, later = parse(data[: len(data) // 2]), parse(data)
+            if early is not None and not (isinstance(early, Query) and b"\xff" in data):
                 if getattr(early, "problem", ""):
                     self.assertTrue(later.problem, "what is refused stays so")
                 else:
