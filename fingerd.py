@@ -976,7 +976,7 @@ def reconnect_delay(attempt: int, jitter: float) -> float:
 
 
 class Status(NamedTuple):
-    """What is shown for a user, since when, and until when if that is set (seconds since 1970)."""
+    """What is shown for a user; its beginning and its end, if it has one (seconds since 1970)."""
 
     text: str
     since: float
@@ -991,6 +991,11 @@ class Message(NamedTuple):
     covers: str | None  # the text in the file when it was set, None if the user was not there
     by: str  # the address or account that set it
     until: float | None = None  # when it is taken back; None for never
+
+    def cleaned(self) -> Message:
+        """The message as this version would take it in."""
+        covers = None if self.covers is None else clean(str(self.covers))
+        return self._replace(text=clean(self.text), covers=covers)
 
 
 class Line(NamedTuple):
@@ -1013,7 +1018,7 @@ class NotKept(Exception):
 
 
 def difference(old: Mapping[str, T], new: Mapping[str, T]) -> dict[str, T | None]:
-    """The changes that make `new` of `old`; None for what is not there any more."""
+    """The changes that turn `old` into `new`; None for a key that is gone."""
     return {key: new.get(key) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
 
 
@@ -1055,7 +1060,10 @@ class StateFile:
         self._path, self._failed = path, False
         try:
             self._open()
-            self.messages, self.lines = self._load()
+            found, self.lines = self._load()
+            self.messages = {clean(user): each.cleaned() for user, each in found.items()}
+            if self.messages != found:  # an older version cleaned less
+                self._commit(difference(found, self.messages), {})
         except BlockingIOError:
             raise NotKept(f"{path}: another fingerd is using it; stop that one") from None
         except self.errors as problem:
@@ -1102,14 +1110,14 @@ class StateFile:
             raise OSError("damaged: " + verdict.splitlines()[-1])
 
     def _load(self) -> tuple[dict[str, Message], dict[str, Line]]:
-        """Everything in the file."""
+        """The messages and the lines in the file."""
         messages = self._db.execute(
             "SELECT user, text, CAST(since AS REAL), covers, set_by, CAST(until AS REAL)"
             " FROM messages"
         )
         lines = self._db.execute("SELECT user, text, CAST(since AS REAL) FROM lines")
         return (
-            {clean(str(user)): Message(clean(str(text)), *more) for user, text, *more in messages},
+            {str(user): Message(str(text), *more) for user, text, *more in messages},
             {user: Line(*more) for user, *more in lines},
         )
 
@@ -1132,7 +1140,7 @@ class StateFile:
             self._commit(messages, lines)
             self._failed = False
         except self.errors as problem:
-            self._opened.close()  # that also removes from the log what was not committed
+            self._opened.close()  # this also removes the failed commit from the log
             raise NotKept(f"could not be kept: {problem}") from None
 
     def _is_the_same(self) -> bool:
@@ -1310,15 +1318,17 @@ class StatusStore:
         Called once, after the users file was loaded; no change is announced.
         """
         with self._writing:
-            now, lines = self._now, self._now.lines()
-            kept = {
-                user: line.since
+            lines = self._now.lines()
+            dated = {
+                user: line
                 for user, line in state.lines.items()
                 if user in lines and lines[user].text == line.text
             }
-            now = self._now = now._replace(messages=state.messages, dates=kept)
+            dates = {user: line.since for user, line in dated.items()}
+            now = self._now = self._now._replace(messages=state.messages, dates=dates)
             self._state, over = state, now.outdated() + now.expired(time.time())
-            self._forget(over, difference(state.lines, now.lines()))
+            self._forget(over, difference(state.lines, {**lines, **dated}))
+            state.lines.clear()  # up to MAX_DATED of them
             latest = max((message.since for message in now.messages.values()), default=0.0)
             self._publish(now.without(over).with_others(), max(now.changed, latest), ())
 

@@ -1613,28 +1613,31 @@ class StateFileTest(Case):
         CREATE TABLE messages (user TEXT PRIMARY KEY, text TEXT NOT NULL, since REAL NOT NULL,
             covers TEXT, set_by TEXT NOT NULL) WITHOUT ROWID;
         INSERT INTO messages VALUES ('moshez', 'mine', 1700000000.25, 'file', '127.0.0.1'),
-            ('zo\u00e9', 'caf\u00e9', 1700000001.0, NULL, '::1'), ('shawn', 'x', 1.0, 'old', 'x');
+            ('zoe\u0301', 'cafe\u0301', 1700000001.0, NULL, '::1'), ('shawn', 'x', 1.0, 'old', 'x'),
+            ('amy', 'mine', 1700000002.0, 'cafe\u0301', '::1');  -- not yet in NFC
     """
 
     def test_a_file_of_version_1_is_taken_over(self) -> None:
         db = sqlite3.connect(self.path)
         db.executescript(self.VERSION_1)
         db.close()
+        texts = {"moshez": "file", "shawn": "alive", "amy": "caf\u00e9"}
+        wanted = {"moshez": "mine", "shawn": "alive", "amy": "mine", "zo\u00e9": "caf\u00e9"}
         for _ in range(2):
-            store = self.run_over(moshez="file", shawn="alive")
-            wanted = {"moshez": "mine", "shawn": "alive", "zo\u00e9": "caf\u00e9"}
+            store = self.run_over(**texts)
             self.assertEqual(texts_of(store), wanted)
             self.assertEqual(store.get("moshez"), fingerd.Status("mine", 1700000000.25))
             store.close()
-        store = self.run_over(moshez="file", shawn="alive")
+        store = self.run_over(**texts)
         store.set("shawn", "new", "::1", 1e12)
+        for user in ("zo\u00e9", "amy"):
+            store.set(user, "")
         store.close()
         db = self.keep(sqlite3.connect(self.path))
         self.assertEqual(db.execute("PRAGMA user_version").fetchone(), (2,))
         rows = db.execute("SELECT user, covers, set_by, until FROM messages").fetchall()
-        self.assertEqual(
-            rows[:2], [("moshez", "file", "127.0.0.1", None), ("shawn", "alive", "::1", 1e12)]
-        )
+        wanted_rows = [("moshez", "file", "127.0.0.1", None), ("shawn", "alive", "::1", 1e12)]
+        self.assertEqual(rows, wanted_rows)
 
     def since(self, when: float, **texts: str) -> dict[str, float]:
         """The dates in a store whose file has said this since `when`."""
@@ -4895,6 +4898,10 @@ import fingerd; sys.exit(fingerd.main())"""
         service, start = self.launch(), time.time()
         service.set("shawn", "first")
         service.set("shawn", "second")
+        copy = shutil.copy(service.state, service.folder / "copy.db")
+        db = self.keep(sqlite3.connect(copy))
+        row = db.execute("SELECT text FROM messages").fetchone()
+        self.assertEqual(row, ("second",), "a plain copy is whole")
         db = self.keep(sqlite3.connect(service.state, isolation_level=None))
         ((*row, since),) = db.execute("SELECT user, text, set_by, since FROM messages").fetchall()
         self.assertEqual(row, ["shawn", "second", "127.0.0.1"])
