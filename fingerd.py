@@ -136,6 +136,7 @@ BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at 
 BACKLOG = 4_096  # connections that the kernel queues for us
 ACCEPT_BATCH = 64  # connections accepted before others are served
 LOOK_SECONDS = 0.5  # between looks for connections whose deadline has passed
+PAUSE_SECONDS = 0.05  # if no connection can be accepted for lack of descriptors
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
 QUEUE_SECONDS = 1.0  # for the connections that the kernel has queued by then
 
@@ -2445,7 +2446,6 @@ class Server(socketserver.ThreadingTCPServer):
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.wakened, selectors.EVENT_READ)
         self.selector.register(listener, selectors.EVENT_READ)
-        self.listening = True
         self.accepting = True  # False from a failure to accept until the kernel's queue is empty
         self.next_look = 0.0  # for connections whose deadline has passed
         self.stopping = False
@@ -2493,15 +2493,11 @@ class Server(socketserver.ThreadingTCPServer):
             while self.ready:
                 self.process_request(*self.get_request())
         now = time.monotonic()
-        if now < self.next_look:
-            return
-        self.next_look = now + LOOK_SECONDS
-        for connection in list(self.connections):
-            if connection.state == WAITING and connection.deadline < now:
-                self.shutdown_request(connection)
-        if not self.listening:
-            self.selector.register(self.socket, selectors.EVENT_READ)
-            self.listening = True
+        if now > self.next_look:
+            self.next_look = now + LOOK_SECONDS
+            for connection in list(self.connections):
+                if connection.state == WAITING and connection.deadline < now:
+                    self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed: a failing connection is the client's fault, not ours."""
@@ -2551,8 +2547,7 @@ class Server(socketserver.ThreadingTCPServer):
                 log.error("%s: cannot accept: %s", self.name, problem.strerror)
             self.accepting = False
             if not self.evict(1):
-                self.selector.unregister(self.socket)  # until service_actions looks again
-                self.listening = False
+                time.sleep(PAUSE_SECONDS)
 
     def wait(self, connection: Connection, events: int = selectors.EVENT_READ) -> None:
         """Let a connection wait until its client sends bytes, or takes them (EVENT_WRITE)."""
@@ -2619,10 +2614,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.wait(connection)
 
     def send(self, connection: Connection, reply: Reply | None = None) -> None:
-        """Send the first piece of a `reply`, else the next piece of the reply that was begun.
-
-        Then wait until the client takes the rest of it, wait for the next request, or close.
-        """
+        """Send the first piece of a `reply`, else the next piece of the one that was begun."""
         if reply:
             connection.received = connection.received[reply.used :]
             connection.closing = reply.close or self.stopping
@@ -2638,14 +2630,8 @@ class Server(socketserver.ThreadingTCPServer):
             connection.unsent.insert(0, memoryview(piece)[sent:])
         if connection.unsent:
             self.wait_for_reader(connection)
-        elif not connection.closing:
-            self.wait_for_request(connection)
-        elif connection.ended or self.stopping:
-            self.shutdown_request(connection)
-        elif connection.received or connection in self.connections:
-            self.wait_for_end(connection)
-        else:  # all that the client has to say came with its first bytes
-            self.shutdown_request(connection)
+        else:
+            self.end_reply(connection)
 
     def wait_for_reader(self, connection: Connection) -> None:
         """Wait until the client takes more of a reply; but not for too many that take nothing."""
@@ -2659,22 +2645,25 @@ class Server(socketserver.ThreadingTCPServer):
             self.shutdown_request(slowest)
         self.wait(connection, selectors.EVENT_WRITE)
 
-    def wait_for_request(self, connection: Connection) -> None:
-        """Wait for the next request; if it has come, serve it after the turn of the others."""
+    def end_reply(self, connection: Connection) -> None:
+        """Wait for the next request; after the last reply, close."""
         self.readers.pop(connection, None)
-        self.connections.pop(connection, None)  # to become the one that is idle the shortest
-        connection.deadline = time.monotonic() + self.seconds
-        self.wait(connection)
-        if connection.pipelined:
-            self.hand_back(connection)
-
-    def wait_for_end(self, connection: Connection) -> None:
-        """After the last reply, receive what still comes: a reset could overtake the reply."""
-        self.readers.pop(connection, None)
-        connection.sock.shutdown(socket.SHUT_WR)
-        connection.drain = DRAIN_BYTES
-        connection.deadline = time.monotonic() + DRAIN_SECONDS
-        self.wait(connection)
+        if not connection.closing:
+            connection.deadline = time.monotonic() + self.seconds
+            self.connections.pop(connection, None)  # to be the last one there: it is not idle
+            self.wait(connection)
+            if connection.pipelined:  # after the turn of the others
+                self.hand_back(connection)
+        elif (
+            connection.ended
+            or self.stopping
+            or not (connection.received or connection in self.connections)
+        ):
+            self.shutdown_request(connection)
+        else:  # receive what is still on its way: a reset could overtake the reply
+            connection.sock.shutdown(socket.SHUT_WR)
+            connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
+            self.wait(connection)
 
     # Jobs.
 
@@ -2734,8 +2723,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.service_actions()
             self.look(0)
         self.stopping = True
-        if self.listening:
-            self.selector.unregister(self.socket)
+        self.selector.unregister(self.socket)
         self.socket.close()
         for connection in list(self.connections):
             if connection.state == WAITING and not connection.unsent:
