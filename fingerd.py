@@ -2016,7 +2016,8 @@ class IrcSession:
         self.logged_in = False
         self.offered_caps: set[str] = set()  # the useful ones
         self.nick = self.wanted_nick = options.nick
-        self.nick_endings = iter(["_", "__", nick_tail])  # to try if the wanted nick is taken
+        endings = ("_", "__", nick_tail)
+        self.other_nicks = [self.nick[: IRC_NICK_BYTES - len(end)] + end for end in endings]
         self.nick_due = math.inf  # the time to ask for the wanted nick again
         self.mask = f"~fingerd@{'x' * IRC_HOST_BYTES}"  # our user@host; at first the longest one
         self.casemapping = "rfc1459"
@@ -2160,23 +2161,15 @@ class IrcSession:
     on_464 = on_465 = on_902 = on_905 = on_906 = on_908 = on_904
 
     def on_433(self, line: IrcLine) -> None:
-        if not self.registered:
-            ending = next(self.nick_endings, "")
-            self.try_nick(ending and self.wanted_nick[: IRC_NICK_BYTES - len(ending)] + ending)
-
-    on_436 = on_437 = on_433
-
-    def on_432(self, line: IrcLine) -> None:
-        """The nick is not allowed; it may be too long."""
-        if not self.registered:
-            self.wanted_nick = self.wanted_nick[:-1][:IRC_NICK_BYTES]
-            self.try_nick(self.wanted_nick)
-
-    def try_nick(self, nick: str) -> None:
-        if not nick:
+        """The nick is taken or not allowed, perhaps for its length; try another one."""
+        if self.registered:
+            return
+        if not self.other_nicks:
             raise IrcFailure("the server accepts none of our nicks")
-        self.nick = nick
-        self.send("NICK", nick)
+        self.nick = self.other_nicks.pop(0)
+        self.send("NICK", self.nick)
+
+    on_432 = on_436 = on_437 = on_433
 
     def on_001(self, line: IrcLine) -> None:
         if self.options.account and not self.logged_in:

@@ -3508,8 +3508,7 @@ class IrcSessionTest(Case):
             ("certificate alone", {"certificate": "x"}, ["CAP * LS :sasl=EXTERNAL"], ["CAP END"]),
             ("taken", {}, [":s 433 * fingerbot :Taken"], ["NICK fingerbo_"]),
             ("taken again", {}, [":s 436 * a :b"] * 2, ["NICK fingerbo_", "NICK fingerb__"]),
-            ("wrong", {}, [":s 432 * a :b"] * 2, ["NICK fingerbo", "NICK fingerb"]),
-            ("too long", {"nick": "a" * 20}, [":s 432 * a :b"], ["NICK aaaaaaaaa"]),
+            ("too long", {"nick": "a" * 20}, [":s 432 * a :b"], ["NICK aaaaaaaa_"]),
             ("join", {"channels": ("#a", "#b")}, hello, ["JOIN #a,#b"]),
             ("bot mode", {}, [*hello, ":s 005 x BOT=B :ok"], ["MODE x +B"]),
             ("keys", {"channels": ("#a", "#b k", "#c l")}, hello, ["JOIN #b,#c,#a k,l"]),
@@ -3569,13 +3568,11 @@ class IrcSessionTest(Case):
                 self.assertEqual(quoted, f"* {logged} is wrong"[:200])
 
     def test_it_gives_up_when_no_nick_is_free(self) -> None:
-        for number, last in [("433", "NICK finge4711"), ("432", "NICK f")]:
-            talk = Talk()
-            refusal = self.assertRaisesRegex(fingerd.IrcFailure, "none of our nicks")
-            with self.subTest(number), refusal:
-                while True:
-                    said = talk.hear(f":s {number} * a :b").said()
-            self.assertEqual(said, [last])
+        for number in ("432", "433", "436", "437"):
+            talk = Talk().hear(*[f":s {number} * a :b"] * 3)
+            self.assertEqual(talk.said()[-1], "NICK finge4711")
+            with self.assertRaisesRegex(fingerd.IrcFailure, "none of our nicks"):
+                talk.hear(f":s {number} * a :b")
 
     def test_answers(self) -> None:
         long_name = "n" * 70
@@ -3688,6 +3685,11 @@ class IrcSessionTest(Case):
         talk.hear(":fingerbo_!a@b NICK :fingerbot", ":ann!a@b PRIVMSG fingerbot :moshez")
         self.assertEqual(len(talk.said()), 1)
         self.assertEqual(talk.pass_time(80).hear("x").pass_time(15).said(), [])
+
+    def test_a_nick_that_was_too_long_is_asked_for_at_its_allowed_length(self) -> None:
+        talk = Talk(nick="fingerbotlong").hear(":s 432 * fingerbotlong :Too long")
+        talk.register("fingerbo_").hear(":s 005 fingerbo_ NICKLEN=9 :are supported")
+        self.assertEqual(talk.pass_time(30).said(), ["NICK fingerbot"])
 
     def test_a_nick_cut_by_the_server_is_kept(self) -> None:
         for lines in [[], [":s 005 fingerbotx NICKLEN=9 :are supported"]]:
