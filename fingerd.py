@@ -2745,22 +2745,28 @@ class FingerServer(Server):
     ) -> None:
         super().__init__(listener)
         self.store, self.policy, self.plans = store, policy, plans
+        self.lists: dict[FingerQuery, tuple[int, Reply]] = {}  # and the store's version, by form
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
-        """The answer to a query; it is a job if it has a plan, or lists many users."""
+        """The answer to a query; it is a job if it has a plan, or lists many users anew."""
         query = parse_finger(received, ended)
         if query is None:
             return None
         log.debug("finger: %s: %a", connection, query.user)
+        now = self.store.snapshot()
+        version, listed = self.lists.get(query, (0, None))
+        if version == now.version:
+            return listed
         reached = plain_address(connection.sock.getsockname()) if query.host else ""
         used = 0 if query.too_long else len(received)  # the rest of a long query is on its way
-
-        now = self.store.snapshot()
 
         def answer() -> Reply:
             plan = self.plans.read(query.user) if self.plans and query.user else ()
             text = finger_answer(now, query, self.policy, reached, plan)
-            return Reply([text.encode()], used, close=True)
+            reply = Reply([text.encode()], used, close=True)
+            if not (query.user or query.host or query.too_long):
+                self.lists[query] = now.version, reply
+            return reply
 
         is_short = not self.plans if query.user else now.size() <= MAX_SHORT_LIST
         return answer() if is_short or query.too_long else answer
