@@ -3472,7 +3472,7 @@ class JournalFormatter(logging.Formatter):
 class LogWriter(logging.Handler):
     """Writes log lines to a descriptor in a thread of its own, so that no other thread waits.
 
-    LOG_LINES lines may wait to be written; more are dropped, and the next line says how many.
+    LOG_LINES lines may wait to be written; more are dropped, and the next one says how many.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -3483,14 +3483,11 @@ class LogWriter(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue the line; `handle` of the library holds a lock meanwhile."""
+        """Queue the line; the library holds a lock meanwhile."""
+        gap = f" ({self._dropped} lines before this one were dropped)" if self._dropped else ""
         try:
-            if self._dropped:
-                gap = f"{self._dropped} log lines were dropped: nobody reads stderr"
-                gap_record = log.makeRecord(log.name, logging.WARNING, "", 0, gap, (), None)
-                self._lines.put_nowait(self.format(gap_record))
-                self._dropped = 0
-            self._lines.put_nowait(self.format(record))
+            self._lines.put_nowait(self.format(record) + gap)
+            self._dropped = 0
         except queue.Full:
             self._dropped += 1
 
@@ -3504,7 +3501,8 @@ class LogWriter(logging.Handler):
                     data = data[os.write(self._descriptor, data) :]
 
     def close(self) -> None:
-        """Wait for the queued lines to be written, LOG_SECONDS or a little more at most."""
+        """End the log: wait for the queued lines to be written, but only twice LOG_SECONDS."""
+        log.removeHandler(self)
         with contextlib.suppress(queue.Full):
             self._lines.put(None, timeout=LOG_SECONDS)
         self._thread.join(LOG_SECONDS)
@@ -3545,14 +3543,11 @@ def inherited_listeners(environ: Mapping[str, str]) -> dict[str, list[socket.soc
     listeners: dict[str, list[socket.socket]] = {}
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return listeners
-    names = environ.get("LISTEN_FDNAMES", "").split(":")
-    count = environ.get("LISTEN_FDS", "0")
-    for number in range(int(count) if count.isdigit() else 0):
-        name = names[number] if number < len(names) else ""
+    for number, name in enumerate(environ.get("LISTEN_FDNAMES", "").split(":"), 3):
         if name not in DEFAULT_ADDRESSES:
             raise StartError(f"LISTEN_FDNAMES: {name!a} is none of {', '.join(DEFAULT_ADDRESSES)}")
         try:
-            listener = socket.socket(fileno=3 + number)
+            listener = socket.socket(fileno=number)
         except OSError as problem:
             raise StartError(f"LISTEN_FDS: {name}: {problem.strerror}") from None
         if listener.family == socket.AF_UNIX or listener.type != socket.SOCK_STREAM:
@@ -3670,20 +3665,14 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
 # ================================================================================================
 
 
-def parse_address(text: str) -> Address | None:
-    """The address of PORT, HOST:PORT or [IPV6]:PORT; None for `off`."""
+def parse_address(text: str, host: str = "") -> Address | None:
+    """The address of PORT, HOST:PORT or [IPV6]:PORT, by default on `host`; None for `off`."""
     if text == "off":
         return None
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]:|([^:\[\]]+):)?([0-9]{1,5})", text, re.ASCII)
     if not match or int(match[3]) > 65535:
         raise argparse.ArgumentTypeError(f"{text!a} is not PORT, HOST:PORT, [IPV6]:PORT or off")
-    return Address(match[1] or match[2] or "", int(match[3]))
-
-
-def parse_setter(text: str) -> Address | None:
-    """Like parse_address, but the default host is 127.0.0.1."""
-    address = parse_address(text)
-    return address._replace(host=address.host or "127.0.0.1") if address else None
+    return Address(match[1] or match[2] or host, int(match[3]))
 
 
 def seconds(text: str) -> float:
@@ -3814,7 +3803,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("-v", "--verbose", action="store_true", help="log every query")
     add = parser.add_argument_group("where to listen").add_argument
     for name, default in DEFAULT_ADDRESSES.items():
-        kind = parse_setter if name == "setter" else parse_address
+        host = "127.0.0.1" if name == "setter" else ""
+        kind = functools.partial(parse_address, host=host)
         text = f"address of the {name} server (default: {default}); repeatable"
         add(f"--{name}", metavar="ADDRESS", type=kind, action="append", help=text)
     add = parser.add_argument_group("what to answer").add_argument
@@ -3842,20 +3832,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-@contextlib.contextmanager
-def logging_to_stderr(verbose: bool) -> Iterator[None]:
-    """Log to stderr while the block runs; nowhere if stderr is closed."""
+def start_log(verbose: bool) -> logging.Handler:
+    """Log to stderr until the handler is closed; nowhere if stderr is closed."""
     handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JournalFormatter() if is_journal() else plain)
     handler.addFilter(FloodFilter())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
+    return handler
 
 
 def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> FileSource | UrlSource:
@@ -4056,7 +4041,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.check:
             return check(find_source(options, None))
-        with logging_to_stderr(options.verbose):
+        with contextlib.closing(start_log(options.verbose)):
             run(options)
     except (StartError, UsersError, NotKept) as problem:
         print(f"{'<3>' if is_journal() else ''}fingerd: {problem}", file=sys.stderr)
