@@ -114,7 +114,7 @@ MAX_MESSAGES = 100_000  # users with a message of their own
 MAX_DATED = 100_000  # users in the file, if the dates of their lines are kept over a restart
 MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
-EXPIRY_SECONDS = 1.0  # between looks for messages that have come to their end
+EXPIRY_SECONDS = 1.0  # between looks for messages that have expired
 FETCH_SECONDS, MAX_REDIRECTS = 10.0, 5  # to get a users file from another server
 RELOAD_SECONDS = 0.1  # between two reloads that SIGHUPs ask for
 LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
@@ -1066,11 +1066,10 @@ class StateFile:
             if self.messages != found:  # an older version cleaned less
                 self._commit(difference(found, self.messages), {})
         except BlockingIOError:
-            raise NotKept(f"{path}: another fingerd is using it; stop that one") from None
+            raise NotKept(f"{path}: another fingerd is using it") from None
         except self.errors as problem:
             words = getattr(problem, "strerror", None) or problem
-            remedy = f"repair it, move it away, or give it and its directory to uid {os.geteuid()}"
-            raise NotKept(f"{path}: {words}; {remedy}") from None
+            raise NotKept(f"{path}: {words}") from None
 
     def _open(self) -> None:
         """Lock and open the file, and make sure that it is a sound one of ours."""
@@ -1267,14 +1266,14 @@ class Snapshot(NamedTuple):
         dates, loaded = self.dates, self.loaded
         return {u: Line(text, dates.get(u, loaded)) for u, text in self.file.items() if text}
 
-    def outdated(self) -> list[str]:
-        """The users whose messages cover another text than the users file has."""
-        file = self.file
-        return [u for u, each in self.messages.items() if file.get(u, each.covers) != each.covers]
-
-    def expired(self, now: float) -> list[str]:
-        """The users whose messages have come to their end."""
-        return [user for user, each in self.messages.items() if each.until and each.until <= now]
+    def over(self, now: float) -> list[str]:
+        """The users whose messages have expired, or cover another text than the file has."""
+        return [
+            user
+            for user, message in self.messages.items()
+            if (message.until and message.until <= now)
+            or self.file.get(user, message.covers) != message.covers
+        ]
 
     def without(self, users: list[str]) -> Snapshot:
         """The snapshot without the messages of `users`."""
@@ -1309,7 +1308,7 @@ class StatusStore:
         self._state: StateFile | None = None
         self._writing, self._queueing = threading.Lock(), threading.Lock()
         self._orders: list[_Order] = []  # those that wait for the next commit
-        self._next_end = 0.0  # no message comes to its end before
+        self._next_end = 0.0  # no message expires before
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
 
@@ -1319,16 +1318,14 @@ class StatusStore:
         Called once, after the users file was loaded; no change is announced.
         """
         with self._writing:
-            lines = self._now.lines()
-            dated = {
-                user: line
-                for user, line in state.lines.items()
-                if user in lines and lines[user].text == line.text
+            lines, file = self._now.lines(), self._now.file
+            kept = {
+                u: line for u, line in state.lines.items() if lines and file.get(u) == line.text
             }
-            dates = {user: line.since for user, line in dated.items()}
+            dates = {user: line.since for user, line in kept.items()}
             now = self._now = self._now._replace(messages=state.messages, dates=dates)
-            self._state, over = state, now.outdated() + now.expired(time.time())
-            self._forget(over, difference(state.lines, {**lines, **dated}))
+            self._state, over = state, now.over(time.time())
+            self._forget(over, difference(state.lines, {**lines, **kept}))
             state.lines.clear()  # up to MAX_DATED of them
             latest = max((message.since for message in now.messages.values()), default=0.0)
             self._publish(now.without(over).with_others(), max(now.changed, latest), ())
@@ -1377,17 +1374,18 @@ class StatusStore:
             if self._state and len(texts) <= MAX_DATED:
                 users = (*changed, *gone)
                 lines = {u: Line(texts[u], when) if texts.get(u) else None for u in users}
-            outdated = new.outdated()
-            self._forget(outdated, lines)
-            self._publish(new.without(outdated).with_others(), when, () if first else changed)
+            over = new.over(time.time())
+            self._forget(over, lines)
+            visible = () if first else dict.fromkeys([*changed, *over])
+            self._publish(new.without(over).with_others(), when, visible)
         return True
 
     def expire(self, now: float) -> None:
-        """Take back the messages that have come to their end. It costs nothing if there is none."""
+        """Take back the messages that have expired. It costs nothing if there is none."""
         if now < self._next_end:
             return
         with self._writing:
-            over = self._now.expired(now)
+            over = self._now.over(now)
             new = self._now.without(over)
             ends = (message.until for message in new.messages.values() if message.until)
             self._next_end = min(ends, default=math.inf)
@@ -3238,7 +3236,7 @@ class Reloader(threading.Timer):
 
 
 class Expirer(threading.Timer):
-    """Takes back the messages that have come to their end, within a second or two."""
+    """Takes back the messages that have expired, within a second or two."""
 
     def __init__(self, store: StatusStore) -> None:
         super().__init__(EXPIRY_SECONDS, lambda: store.expire(time.time()))
@@ -3653,7 +3651,10 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
         store.restore(StateFile(path))
     except NotKept as problem:
         if not is_default or os.path.lexists(path):
-            raise StartError(f"{problem} (see --state)") from None
+            remedy = f"repair it, move it away, or give it and its directory to uid {os.geteuid()}"
+            if isinstance(problem.__context__, BlockingIOError):
+                remedy = "stop that one"
+            raise StartError(f"{problem}; {remedy} (see --state)") from None
         store.lost_at_restart = True
         log.warning("messages will be lost when fingerd ends: %s", problem)
     else:
