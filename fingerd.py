@@ -85,6 +85,7 @@ MAX_COMPOSED = 2_000  # characters of a text that is put into NFC, in 4 ms at th
 MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets no limit)
 MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
+MAX_ROWS = 50_000  # of the kernel's table of sockets, to find the account of a client
 MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
@@ -399,6 +400,25 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
         return None
     problem = status_problem(text) if rest else "no status line"
     return Setting(user, text, problem, time_words if colon else None)
+
+
+# ---- /proc/net/tcp and tcp6, the tables of sockets: see proc_net(5) ------------------------------
+
+
+def table_address(address: bytes, port: int) -> str:
+    """An IP address and a port as in the tables: words of 4 bytes in the machine's byte order."""
+    return "".join(f"{word:08X}" for word in memoryview(address).cast("I")) + f":{port:04X}"
+
+
+def find_owner(rows: Iterable[str], client: str, server: str) -> int | None:
+    """The uid of the socket of `client` that is connected to `server`, if a row has it.
+
+    A row without an inode shows root as the owner, since its process has closed the socket.
+    """
+    states = "(?:01|04|05)"  # established, or closed in one direction
+    row = re.compile(rf" *\d+: {client} {server} {states} \S+ \S+ \S+ +(\d+) +\d+ +[1-9]")
+    found = next(filter(None, map(row.match, itertools.islice(rows, MAX_ROWS))), None)
+    return int(found[1]) if found else None
 
 
 # ---- times -------------------------------------------------------------------------------------
@@ -1401,9 +1421,10 @@ class StatusStore:
         except NotKept as problem:  # the next write or start puts it right
             log.warning("the state file: %s", problem)
 
-    def set(self, user: str, text: str, by: str = "", until: float | None = None) -> None:
+    def set(self, user: str, text: str, by: str = "", until: float | None = None) -> str:
         """Set the user's message, "" to take it back; returns once that is on disk and visible.
 
+        Returns the user's name as it is spelled here.
         Raises NotKept, with nothing changed, if that is not possible. The first to queue up behind
         the present commit makes the next one for all who have queued up by then.
         """
@@ -1423,6 +1444,7 @@ class StatusStore:
         order.done.wait()
         if order.problem:
             raise NotKept(order.problem)
+        return order.user
 
     def _carry_out(self, orders: list[_Order]) -> None:
         """Commit and publish `orders`, and note each one's outcome."""
@@ -2770,6 +2792,25 @@ class FingerServer(Server):
         return answer() if is_short or query.too_long else answer
 
 
+def find_account(client: Any, server: Any) -> str:
+    """The account of a client on this machine, by the two addresses of a connection; else ""."""
+    hosts = [plain_address(end).partition("%")[0] for end in (client, server)]
+    tables = {"tcp6": hosts}
+    if ":" not in hosts[0]:
+        tables = {"tcp": hosts, "tcp6": [f"::ffff:{host}" for host in hosts]}
+    for table, names in tables.items():
+        family = socket.AF_INET if table == "tcp" else socket.AF_INET6
+        addresses = [socket.inet_pton(family, name) for name in names]
+        ends = map(table_address, addresses, (client[1], server[1]))
+        with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as rows:
+            uid = find_owner(rows, *ends)
+            if uid is not None:
+                with contextlib.suppress(KeyError):
+                    return pwd.getpwuid(uid).pw_name
+                return f"uid {uid}"
+    return ""
+
+
 class SetterServer(Server):
     """Sets a user's message for anyone who can connect, after `refresh` of the users file.
 
@@ -2799,7 +2840,8 @@ class SetterServer(Server):
             until, problem = end_of_message(setting.time, now, seconds)
 
         def answer(problem: str) -> Reply:
-            log.debug("setter: %s: %a: %s", connection, setting.user, problem or "OK")
+            words = setting.user, setting.text, problem or "OK"
+            log.debug("setter: %s: %a: %a: %s", connection, *words)
             ends = [plain_time(until)] if until and setting.text else []
             ends += ["fingerd restarts"] if self.store.lost_at_restart else []
             ok = f"OK until {' or '.join(ends)}" if ends else "OK"
@@ -2808,15 +2850,21 @@ class SetterServer(Server):
 
         if problem:
             return answer(problem)
-        return lambda: answer(self.keep_message(setting, until, str(connection)))
+        server = connection.sock.getsockname()
+        return lambda: answer(self.keep_message(setting, until, connection.address, server))
 
-    def keep_message(self, setting: Setting, until: float | None, address: str) -> str:
-        """Set the message; returns why it cannot be kept, or ""."""
+    def keep_message(self, setting: Setting, until: float | None, client: Any, server: Any) -> str:
+        """Set the message, and log by whom; returns why it cannot be kept, or ""."""
+        account = find_account(client, server)
+        by = account or plain_address(client)
         try:
             self.refresh()
-            self.store.set(setting.user, setting.text, address, until)
+            user = self.store.set(setting.user, setting.text, by, until)
         except NotKept as problem:
             return str(problem)
+        action = "set" if setting.text else "taken back"
+        end = f" until {plain_time(until)}" if until and setting.text else ""
+        log.info("setter: %a %s by %s%s", user, action, by, end, extra={"account": account})
         return ""
 
 
@@ -3432,7 +3480,7 @@ class FloodFilter(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._counts: dict[str, int] = {}  # by the line's format, without its arguments
+        self._counts: dict[tuple[str, str], int] = {}  # by the line's format and account
         self._ends = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -3441,7 +3489,8 @@ class FloodFilter(logging.Filter):
             return True
         if time.monotonic() >= self._ends:
             self._counts, self._ends = {}, time.monotonic() + FLOOD_SECONDS
-        count = self._counts[record.msg] = self._counts.get(record.msg, 0) + 1
+        kind = record.msg, getattr(record, "account", "")  # one account leaves room for others
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
         if count == FLOOD_LINES:
             record.msg += " (more like this are not logged for a while)"
         return count <= FLOOD_LINES

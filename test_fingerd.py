@@ -93,6 +93,9 @@ HERE = FINGERD.parent
 PROGRAM = (sys.executable, str(FINGERD))
 FACES = ("finger", "setter", "web")
 ROOT = os.geteuid() == 0
+ACCOUNT = pwd.getpwuid(os.geteuid()).pw_name
+if not os.path.exists("/proc/self/net/tcp"):
+    ACCOUNT = "127.0.0.1"
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"  # a user's own may lack the servers
 USERS = "moshez: Happy and well\nshawn: alive\n"
 HAPPY = b"Happy and well\r\n"
@@ -826,6 +829,36 @@ class CodecsTest(Case):
             with self.subTest(data):
                 self.assertEqual(fingerd.parse_setting(data, True), setting)
                 self.replay(fingerd.parse_setting, data + end, setting, b"more\nlines")
+
+    def test_the_owner_of_a_socket_is_found_in_the_kernels_table(self) -> None:
+        at = fingerd.table_address
+        client, server = at(bytes([127, 0, 0, 1]), 40_000), at(bytes([127, 0, 0, 2]), 1079)
+        ipv6 = at(bytes(range(16)), 1)
+        if sys.byteorder == "little":
+            self.assertEqual((client, server), ("0100007F:9C40", "0200007F:0437"))
+            self.assertEqual(ipv6, "03020100070605040B0A09080F0E0D0C:0001")
+
+        def row(client: str, server: str, state: str = "01", inode: int = 9078113) -> str:
+            queues = "00000000:00000000 00:00000000 00000000"
+            return f"   7: {client} {server} {state} {queues}  1000        0 {inode} 1 0 20 4\n"
+
+        head = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n"
+        for rows, owner in [
+            ([], None),
+            ([head, row(server, client), row(client, server)], 1000),
+            ([row(client, server, "04")], 1000),
+            ([row(client, server, "05")], 1000),
+            *[([row(client, server, state)], None) for state in ("02", "03", "06", "0A", "10")],
+            ([row(client, server, "05", inode=0)], None),
+            ([row(server, client)], None),
+            ([row(client, client), row(server, server), row(client[:-1] + "1", server)], None),
+            ([row(f"{'0' * 24}{client}", f"{'0' * 24}{server}")], None),
+            ([row(client, server)[:size] for size in range(90)], None),
+            ([f"x {row(client, server)}"], None),
+            ([head] * fingerd.MAX_ROWS + [row(client, server)], None),
+        ]:
+            with self.subTest(rows[:3]):
+                self.assertEqual(fingerd.find_owner(rows, client, server), owner)
 
     def test_ends_of_messages(self) -> None:
         def local(text: str) -> datetime.datetime:
@@ -2008,6 +2041,56 @@ class SetterTest(SharedCase):
             answer = self.service.set(words, "hi")
             self.assertRegex(answer, rf"\AERROR {problem}: write 30m, [^\r\n]+\r\n\Z")
             self.assertEqual(self.service.finger("moshez"), "Happy and well\r\n")
+
+    def test_each_set_is_logged_with_the_account(self) -> None:
+        until_time = (time.time() + 7200) // 60 * 60
+        end = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(until_time))
+        local = time.strftime("%Y-%m-%d %H:%M", time.localtime(until_time))
+        for data, line in [
+            ("Moshez\nsecret plan\n", f"'moshez' set by {ACCOUNT}"),
+            (f"moshez: {local}\nsecret plan\n", f"'moshez' set by {ACCOUNT} until {end}"),
+            ("moshez\n\n", f"'moshez' taken back by {ACCOUNT}"),
+            ("zo\u00e9\n\n", f"'zo\\xe9' taken back by {ACCOUNT}"),
+        ]:
+            ask(self.service.port("setter"), data.encode())
+            self.service.wait_for(f" INFO setter: {re.escape(line)}$")
+        texts = [line for line in self.service.log if "secret plan" in line]
+        self.assertTrue(texts)
+        self.assertTrue(all(" DEBUG " in line for line in texts))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/net/tcp"), "no table of sockets")
+    def test_the_account_of_a_client_on_this_machine(self) -> None:
+        uid = 1 if ROOT else os.geteuid()
+        for host, listener in (
+            ("127.0.0.1", socket.create_server(("127.0.0.1", 0))),
+            ("::1", socket.create_server(("::1", 0), family=socket.AF_INET6)),
+            ("127.0.0.1", fingerd.listen("setter", fingerd.Address("", 0))),
+            ("::ffff:127.0.0.1", socket.create_server(("127.0.0.1", 0))),
+            ("::ffff:127.0.0.1", fingerd.listen("setter", fingerd.Address("", 0))),
+        ):
+            with self.subTest(host), listener:
+                os.seteuid(uid)
+                client = self.keep(socket.create_connection((host, listener.getsockname()[1])))
+                os.seteuid(0 if ROOT else uid)
+                sock = self.keep(listener.accept()[0])
+
+                def account(sock: Any = sock) -> str:
+                    return fingerd.find_account(sock.getpeername(), sock.getsockname())
+
+                self.assertEqual(account(), pwd.getpwuid(uid).pw_name)
+                client.shutdown(socket.SHUT_WR)
+                self.assertEqual(account(), pwd.getpwuid(uid).pw_name)
+                with mock.patch("pwd.getpwuid", side_effect=KeyError):
+                    self.assertEqual(account(), f"uid {uid}")
+                with mock.patch("builtins.open", side_effect=FileNotFoundError):
+                    self.assertEqual(account(), "")
+                peer, own = sock.getpeername(), sock.getsockname()
+                self.assertEqual(fingerd.find_account((peer[0], peer[1] ^ 1), own), "")
+                self.assertEqual(fingerd.find_account(peer, (own[0], own[1] ^ 1)), "")
+                other = "::2" if ":" in fingerd.plain_address(peer) else "127.0.0.2"
+                self.assertEqual(fingerd.find_account((other, peer[1]), own), "")
+                client.close()  # the row stays, but shows root instead of its owner
+                self.assertEqual(account(), "")
 
     def test_a_half_close_ends_the_second_line(self) -> None:
         self.assertEqual(ask(self.service.port("setter"), b"guest\nhello"), b"OK\r\n")
@@ -4907,7 +4990,7 @@ import fingerd; sys.exit(fingerd.main())"""
         self.assertEqual(row, ("second",), "a plain copy is whole")
         db = self.keep(sqlite3.connect(service.state, isolation_level=None))
         ((*row, since),) = db.execute("SELECT user, text, set_by, since FROM messages").fetchall()
-        self.assertEqual(row, ["shawn", "second", "127.0.0.1"])
+        self.assertEqual(row, ["shawn", "second", ACCOUNT])
         self.assertTrue(start <= since <= time.time())
         self.assertGreaterEqual(db.execute("PRAGMA user_version").fetchone()[0], 1)
         db.execute("BEGIN IMMEDIATE")
@@ -6265,13 +6348,15 @@ class SurroundingsTest(Case):
     def test_the_flood_filter_does_not_depend_on_the_wall_clock(self) -> None:
         keep, now = fingerd.FloodFilter().filter, time.monotonic()
 
-        def kept(created: float, seconds: float) -> int:
+        def kept(created: float, seconds: float, account: str = "") -> int:
             with mock.patch("time.monotonic", return_value=now + seconds):
                 record = {"levelno": logging.INFO, "msg": "bad", "created": created}
+                record["account"] = account
                 return sum(keep(logging.makeLogRecord(record)) for _ in range(200))
 
         self.assertEqual(kept(time.time() + 1e8, 0), fingerd.FLOOD_LINES)
         self.assertEqual(kept(time.time(), 1), 0)
+        self.assertEqual(kept(time.time(), 2, "moshez"), fingerd.FLOOD_LINES)
         self.assertEqual(kept(time.time(), fingerd.FLOOD_SECONDS), fingerd.FLOOD_LINES)
 
 
