@@ -668,6 +668,10 @@ FORMATS = {  # that a web client may ask for, by ?format= or by Accept
     "atom": "application/atom+xml",
 }
 OTHER_TYPES = {"atom": ["application/rss+xml", "application/xml"]}  # that feed readers may name
+MEDIA_RANGES = {  # that admit each format, the most specific first
+    name: [media_type, *OTHER_TYPES.get(name, []), media_type.split("/")[0] + "/*", "*/*"]
+    for name, media_type in FORMATS.items()
+}
 
 
 class View(NamedTuple):
@@ -687,10 +691,8 @@ def choose_format(accept: str) -> str:
     weights = parse_accept(accept or "*/*")
     order = list(weights)
     ranks = {}
-    for name, media_type in FORMATS.items():
-        major = media_type.split("/")[0]
-        ranges = [media_type, *OTHER_TYPES.get(name, []), f"{major}/*", "*/*"]
-        found = next((media_range for media_range in ranges if media_range in weights), "")
+    for name, ranges in MEDIA_RANGES.items():
+        found = next(filter(weights.__contains__, ranges), "")
         if found and weights[found]:
             ranks[name] = weights[found], -MAX_RANGES if "*" in found else -order.index(found)
     return max(ranks, key=ranks.__getitem__) if ranks else ""
@@ -698,7 +700,7 @@ def choose_format(accept: str) -> str:
 
 def parse_view(query: str, accept: str) -> View:
     """How a request with this query and this Accept header wants to see a page."""
-    asked = urllib.parse.parse_qs(query)
+    asked = urllib.parse.parse_qs(query) if query else {}
     name = asked["format"][-1] if "format" in asked else choose_format(accept)
     if name != "html":
         return View(name if name in FORMATS else "")
