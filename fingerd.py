@@ -86,6 +86,7 @@ MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets no limit)
 MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_ROWS = 50_000  # of the kernel's table of sockets, to find the account of a client
+MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
 MAX_LISTING = 100_000  # bytes of a finger listing
 MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
@@ -239,6 +240,8 @@ class UsersFile(NamedTuple):
     problems: list[str]  # `LINE: reason` of the first MAX_PROBLEMS, and how many more there are
     repeated: list[str] = []  # `LINE: reason` of lines that replace others; MAX_PROBLEMS at most
     modified: float = 0.0  # seconds since 1970
+    dates: dict[str, float] | None = None  # since when; None if the file has no times
+    ends: dict[str, float] = {}  # until when, for those that will be taken back
 
 
 NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # how surrogateescape decodes other bytes
@@ -265,8 +268,8 @@ def clean_lines(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
             rest = (rest + block)[: 4 * MAX_FILE_LINE + 4]
 
 
-def parse_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
-    """The content of a users file; the last line for a user counts, and a bad line is skipped.
+def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> UsersFile:
+    """The content of a file of `clean_lines`; the last for a user counts, a bad one is skipped.
 
     A status that is in `known` already is the same object again, so that reading a large file
     anew costs little memory. Reading stops after MAX_USERS users.
@@ -275,7 +278,7 @@ def parse_users(blocks: Iterable[bytes], known: Mapping[str, str]) -> UsersFile:
     problems: list[str] = []
     repeated: list[str] = []
     bad_lines = 0
-    for number, (line, problem) in enumerate(clean_lines(blocks), 1):
+    for number, (line, problem) in enumerate(lines, 1):
         name, colon, text = line.partition(":")
         name, text = name.strip(), text.strip()
         if not problem:
@@ -462,6 +465,12 @@ def format_utc(when: float, form: str) -> str:
 def iso_time(when: float) -> str:
     """`when` as programs read it (RFC 3339): 2026-11-23T01:40:00Z."""
     return format_utc(when, "%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_iso_time(text: str) -> float:
+    """The time in a text of iso_time; raises ValueError if it is another text."""
+    when = datetime.datetime.fromisoformat(text.rstrip("Z"))
+    return when.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 def plain_time(when: float) -> str:
@@ -822,6 +831,41 @@ def json_status(
     times = {"since": iso_time(since) if since else None, "until": until and iso_time(until)}
     more = {"plan": "\n".join(plan)} if plan else {}
     return json.dumps({"user": user, "status": text, **times, **more}, ensure_ascii=False)
+
+
+JSON_START = b'[{"user"'  # of a list with users
+
+
+def json_list(objects: Iterator[str]) -> Iterator[str]:
+    """These JSON objects as an array with one in each line, in pieces."""
+    return itertools.chain(["[", next(objects, "")], (",\n" + each for each in objects), ["]\n"])
+
+
+def parse_json_list(blocks: Iterable[bytes], known: Mapping[str, str], now: float) -> UsersFile:
+    """The users in a `json_list` of `json_status`; a line that is something else is skipped.
+
+    A time that lies more than MAX_SKEW ahead becomes `now`; a later end than MAX_AHEAD, that.
+    """
+    dates: dict[str, float] = {}
+    ends: dict[str, float] = {}
+
+    def read_entry(entry: Any) -> tuple[str, str]:
+        user, since = clean(entry["user"]), parse_iso_time(entry["since"])
+        line = f"{user}: {clean(entry['status'])}"
+        dates[user] = since if 0 <= since <= now + MAX_SKEW else now
+        if entry.get("until"):
+            ends[user] = min(parse_iso_time(entry["until"]), now + MAX_AHEAD)
+        return line, name_problem(user)
+
+    def lines() -> Iterator[tuple[str, str]]:
+        for line, problem in clean_lines(blocks):
+            line = line.lstrip("[").rstrip(",]")
+            try:
+                yield read_entry(json.loads(line)) if line and not problem else (line, problem)
+            except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+                yield line, "not a status in JSON"
+
+    return parse_users(lines(), known)._replace(dates=dates, ends=ends)
 
 
 def user_url(base: str, user: str) -> str:
@@ -1241,6 +1285,7 @@ class Snapshot(NamedTuple):
     file: dict[str, str] = {}  # what the users file says, empty texts included
     loaded: float = 0.0  # since when the file says so,
     dates: dict[str, float] = {}  # except for the lines that a later reload brought
+    ends: dict[str, float] = {}  # when another server will take lines of its list back
     messages: dict[str, Message] = {}  # all of them, hidden ones included
     names: list[str] = []  # the users with a text in the file, sorted
     others: list[str] = []  # the users with a message alone, sorted
@@ -1258,7 +1303,8 @@ class Snapshot(NamedTuple):
         line, message = self.file.get(user), self.messages.get(user)
         if message and message.covers == line:
             return Status(message.text, message.since, message.until)
-        return Status(line, self.dates.get(user, self.loaded)) if line else None
+        since = self.dates.get(user, self.loaded)
+        return Status(line, since, self.ends.get(user)) if line else None
 
     def find(self, name: str) -> str:
         """The user called `name`, else the only one who is called so but for case, else ""."""
@@ -1345,6 +1391,7 @@ class StatusStore:
                 u: line for u, line in state.lines.items() if lines and file.get(u) == line.text
             }
             dates = {user: line.since for user, line in kept.items()}
+            dates.update(self._now.dates)  # those of a list that has them
             now = self._now = self._now._replace(messages=state.messages, dates=dates)
             self._state, over = state, now.over(time.time())
             self._forget(over, difference(state.lines, {**lines, **kept}))
@@ -1369,33 +1416,44 @@ class StatusStore:
         """The statuses that became visible since, oldest first; the last MAX_CHANGES at most."""
         return [change for change in self._changes.copy() if change.version > version]
 
-    def replace_file(self, texts: dict[str, str], when: float) -> bool:
+    def replace_file(
+        self,
+        texts: dict[str, str],
+        when: float,
+        dates: dict[str, float] | None = None,
+        ends: dict[str, float] | None = None,
+    ) -> bool:
         """Let the users file say `texts` from `when` on; returns whether that is anything new.
 
         A message over a line that changed is forgotten, one whose user is absent is hidden. The
-        first load is announced to nobody. `texts` belongs to the store from now on.
+        first load is announced to nobody. `dates` and `ends` are the times of the lines, if they
+        are known. All these belong to the store from now on.
         """
         with self._writing:
             old, first = self._now, not self._now.version
             changed = [user for user, text in texts.items() if old.file.get(user) != text]
             gone = [user for user in old.file if user not in texts]
-            if not (first or changed or gone):
+            times = old.changed, old.dates, old.ends
+            same_times = dates is None or times == (when, dates, ends or {})
+            if same_times and not (first or changed or gone):
                 return False
-            dates = {user: since for user, since in old.dates.items() if user in texts}
-            dates.update(dict.fromkeys(() if first else changed, when))
+            if dates is None:
+                dates = {user: since for user, since in old.dates.items() if user in texts}
+                dates.update(dict.fromkeys(() if first else changed, when))
             same_names = not gone and all(old.file.get(user) and texts[user] for user in changed)
             same_users = not gone and len(texts) == len(old.file)
             new = old._replace(
                 file=texts,
                 loaded=when if first else old.loaded,
                 dates=dates,
+                ends=ends or {},
                 names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
                 file_cased=old.file_cased if same_users else cased(texts),
             )
             lines: dict[str, Line | None] = {}
             if self._state and len(texts) <= MAX_DATED:
                 users = (*changed, *gone)
-                lines = {u: Line(texts[u], when) if texts.get(u) else None for u in users}
+                lines = {u: Line(texts[u], dates[u]) if texts.get(u) else None for u in users}
             over = new.over(time.time())
             self._forget(over, lines)
             visible = () if first else dict.fromkeys([*changed, *over])
@@ -1513,6 +1571,7 @@ class Policy(NamedTuple):
     finger_port: int = 0  # 0 for nowhere
     setter_port: int = 0  # on this machine, 0 for none
     public_url: str = ""  # the web server's address behind a proxy, ending in "/"
+    feed_root: str = "tag:fingerd,2026:"  # the start of ids in feeds: the same on all replicas
 
 
 # ---- finger ------------------------------------------------------------------------------------
@@ -1636,7 +1695,7 @@ def user_html(
 
 def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
     """The `count` newest statuses with their users."""
-    return heapq.nlargest(count, now.users(), key=lambda item: item[1].since)
+    return heapq.nlargest(count, now.users(), key=lambda item: int(item[1].since))
 
 
 def no_status_html(policy: Policy) -> str:
@@ -1774,9 +1833,7 @@ class WebAnswers:
         elif view.format == "text":
             texts = (format_users_line(user, status.text) for user, status in now.users())
         else:
-            objects = (json_status(user, *status) for user, status in now.users())
-            others = (",\n" + each for each in objects)
-            texts = itertools.chain(["[", next(objects, "")], others, ["]\n"])
+            texts = json_list(json_status(user, *status) for user, status in now.users())
         since = -1 if self._policy.private else now.changed  # which would tell of messages
         return make_page(200, FORMATS[view.format], texts, since)
 
@@ -1786,11 +1843,11 @@ class WebAnswers:
         """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest stands first.
 
         Its links are absolute. Without a public URL, they lead to the host in the request. An
-        entry's id is the same as long as its text is, also after a restart.
+        entry's id is the same as long as its text is, also after a restart and on a replica.
         """
         public, host = self._policy.public_url, self._policy.finger_host
         base = html.escape(public or f"http://{head.headers.get('host') or host}/")
-        root = html.escape(public or f"finger://{host}/")
+        root = html.escape(self._policy.feed_root)
         updated = statuses[0][1].since if statuses else now.changed
         entries = [
             ATOM_ENTRY.format(
@@ -3006,25 +3063,31 @@ def blocking_path(path: pathlib.Path) -> str:
 def read_users(
     read: Callable[[int], bytes], known: Mapping[str, str], expected: int | None = None
 ) -> UsersFile:
-    """The users file whose next bytes each call of `read` returns, b"" at the end.
+    """The users file, or list in JSON, whose next bytes each call of `read` returns; b"" ends it.
 
-    Raises UsersError if it is in UTF-16, too large, or shorter than `expected` bytes.
+    Raises UsersError if it is in UTF-16, too large, or incomplete: shorter than `expected` bytes.
     """
-    size = 0
+    begin = b"".join(itertools.islice(iter(lambda: read(1), b""), len(JSON_START)))
+    if b"\0" in begin[:2] or begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UsersError("in UTF-16, not in UTF-8")
+    size, end = len(begin), begin[-2:]
 
     def blocks() -> Iterator[bytes]:
-        nonlocal size
+        nonlocal size, end
+        yield begin
         for block in iter(lambda: read(BLOCK_BYTES), b""):
-            if not size and (b"\0" in block[:2] or block[:2] in (b"\xff\xfe", b"\xfe\xff")):
-                raise UsersError("in UTF-16, not in UTF-8")
-            size += len(block)
+            size, end = size + len(block), (end + block)[-2:]
             if size > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
             yield block
-        if size < (expected or 0):
+        if size < (expected or 0) or (is_json and end != b"]\n"):
             raise UsersError(f"broke off after {size} bytes")
 
-    users = parse_users(blocks(), known)
+    is_json = begin in (JSON_START, b"[]\n")
+    if is_json:
+        users = parse_json_list(blocks(), known, time.time())
+    else:
+        users = parse_users(clean_lines(blocks()), known)
     if len(users.texts) > MAX_USERS:
         raise UsersError(f"more than {MAX_USERS} users")
     return users
@@ -3116,7 +3179,7 @@ class UrlSource:
         importlib.import_module("encodings.idna")  # for look-ups, before privileges are dropped
         self._url, self._copy = url, copy
         self._conditions: dict[str, str] = {}  # headers that ask whether the list has changed
-        self._loaded = False  # whether `read` has returned a list
+        self._last: UsersFile | None = None  # the list that `read` returned last
 
     def __str__(self) -> str:
         return self._url
@@ -3130,11 +3193,11 @@ class UrlSource:
             users = self._fetch(known, {} if at_once else self._conditions)
         except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
             words = f"{self._url}: {clean(str(problem))[:MAX_STATUS]}"
-            if self._loaded or not self._copy or self._copy.is_symlink() or not self._copy.exists():
+            if self._last or not self._copy or self._copy.is_symlink() or not self._copy.exists():
                 raise UsersError(words) from None
             log.warning("%s; starting with the copy in %s", words, self._copy)
             users = FileSource(self._copy).read(known, at_once=True)
-        self._loaded = True
+        self._last = users or self._last
         return users
 
     def _fetch(self, known: Mapping[str, str], conditions: Mapping[str, str]) -> UsersFile | None:
@@ -3152,9 +3215,14 @@ class UrlSource:
             connection = kind(host, port, timeout=FETCH_SECONDS / 2)  # for each of its addresses
             connection.connect()
             with connection.sock as sock:
-                headers = {"User-Agent": f"fingerd/{__version__}", "Connection": "close"}
+                headers = {
+                    "User-Agent": f"fingerd/{__version__}",
+                    "Accept": "application/json, text/plain;q=0.5",
+                    "Connection": "close",
+                    **conditions,
+                }
                 target = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="")
-                connection.request("GET", target.geturl() or "/", headers={**headers, **conditions})
+                connection.request("GET", target.geturl() or "/", headers=headers)
                 incoming: Any = Incoming(sock, deadline)  # it needs no more of a socket
                 answer = http.client.HTTPResponse(incoming)
                 answer.begin()
@@ -3166,37 +3234,49 @@ class UrlSource:
     def _read_answer(
         self, answer: http.client.HTTPResponse, known: Mapping[str, str], conditional: bool
     ) -> UsersFile | None:
-        """The list in a 200, None for a 304 to a conditional request; UsersError for the rest."""
-        if answer.status == http.HTTPStatus.NOT_MODIFIED and conditional:
-            return None
+        """The list in a 200, None for a 304 to a conditional request; UsersError for the rest.
+
+        A fingerd is the same from the second before its Last-Modified on; if it does not have the
+        header, from the second in which it answers.
+        """
+        names = "Date", "ETag", "Last-Modified"
+        date, etag, last_modified = (answer.headers[name] or "" for name in names)
+        now, modified = time.time(), parse_http_time(last_modified or date) - bool(last_modified)
+        if not 0 <= modified <= now + MAX_SKEW:
+            modified, last_modified = now, ""
+        if answer.status == http.HTTPStatus.NOT_MODIFIED and conditional and self._last:
+            is_newer = last_modified and modified != self._last.modified
+            return self._last._replace(modified=modified) if is_newer else None
         if answer.status != http.HTTPStatus.OK:
             raise UsersError(f"status {answer.status} instead of a list of users")
-        users = read_users(answer.read1, known, answer.length)
+        users = read_users(answer.read1, known, answer.length)._replace(modified=modified)
         if answer.headers.get_content_type() == "text/html" or (users.problems and not users.texts):
             raise UsersError("no list of users")
-        etag, date = answer.headers["ETag"] or "", answer.headers["Last-Modified"] or ""
-        modified, now = parse_http_time(date), time.time()
-        self._conditions = {"If-None-Match": etag} if re.fullmatch("[!-~]{1,200}", etag) else {}
-        if 0 <= modified <= now:
-            self._conditions["If-Modified-Since"] = date
-        else:
-            modified = now
-        self._keep(users.texts, modified)
-        return users._replace(modified=modified)
+        self._keep(users)
+        etag = etag if re.fullmatch("[!-~]{1,200}", etag) else ""
+        conditions = {"If-None-Match": etag, "If-Modified-Since": last_modified}
+        self._conditions = {name: value for name, value in conditions.items() if value}
+        return users
 
-    def _keep(self, texts: Mapping[str, str], modified: float) -> None:
-        """Replace the copy, if one is kept, by `texts`; if that fails, the old one remains."""
+    def _keep(self, users: UsersFile) -> None:
+        """Replace the copy, if one is kept, by `users`; if that fails, the old one remains."""
         if not self._copy:
             return
+        texts, dates, ends = users.texts, users.dates, users.ends
+        lines: Iterator[str]
+        if dates is None:
+            lines = itertools.starmap(format_users_line, texts.items())
+        else:
+            lines = json_list(json_status(u, texts[u], dates[u], ends.get(u)) for u in texts)
         new = self._copy.with_name(self._copy.name + ".new")
         try:
             new.unlink(missing_ok=True)
             descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "w", encoding="utf-8") as file:
-                file.writelines(itertools.starmap(format_users_line, texts.items()))
+                file.writelines(lines)
                 file.flush()
                 os.fsync(file.fileno())
-            os.utime(new, (modified, modified))
+            os.utime(new, (users.modified, users.modified))
             os.replace(new, self._copy)
         except OSError as problem:
             log.warning("cannot keep a copy of the users file: %s", problem)
@@ -3276,8 +3356,10 @@ class Reloader(threading.Timer):
             users = self._source.read(now.file, at_once)
             if not users:
                 return
-            when = time.time() if now.version else users.modified
-            if self._store.replace_file(users.texts, when) or users.problems != self._problems:
+            has_times = users.dates is not None
+            when = users.modified if has_times or not now.version else time.time()
+            is_new = self._store.replace_file(users.texts, when, users.dates, users.ends)
+            if is_new or users.problems != self._problems:
                 self._problems = users.problems
                 for problem in users.problems:
                     log.warning("%s:%s", self._source, problem)
@@ -3953,6 +4035,7 @@ def make_policy(
     own, ports = socket.gethostname(), {"finger": 0, "setter": 0}
     ports.update((name, some[0].getsockname()[1]) for name, some in listeners.items() if some)
     public = urllib.parse.urlsplit(options.public_url).hostname if options.public_url else None
+    named = f"finger://{options.hostname[0]}/" if options.hostname else ""
     names = ["localhost", own, own.partition(".")[0], public or own, *options.hostname]
     return Policy(
         private=options.private,
@@ -3961,6 +4044,7 @@ def make_policy(
         finger_port=ports["finger"],
         setter_port=ports["setter"],
         public_url=options.public_url or "",
+        feed_root=options.public_url or named or Policy().feed_root,
     )
 
 

@@ -650,6 +650,16 @@ def raw(*lines: str, end: str = "\r\n") -> bytes:
     return (end.join(lines) + end * 2).encode("latin-1")
 
 
+def parse_users(*blocks: bytes) -> fingerd.UsersFile:
+    """The content of a users file that is read in these blocks."""
+    return fingerd.parse_users(fingerd.clean_lines(blocks), {})
+
+
+def parse_json(*blocks: bytes) -> fingerd.UsersFile:
+    """The content of a list in JSON that is read in these blocks at the second 1,000,000."""
+    return fingerd.parse_json_list(blocks, {}, 1_000_000.0)
+
+
 class CodecsTest(Case):
     def table(self, function: Callable[..., Any], rows: list[tuple[Any, Any]]) -> None:
         """Assert what `function` makes of each row's first part, the second."""
@@ -731,14 +741,14 @@ class CodecsTest(Case):
         for data, texts in self.USERS_FILES:
             with self.subTest(data[:40]):
                 wanted = fingerd.UsersFile(texts, [])
-                self.assertEqual(fingerd.parse_users(data.splitlines(True), {}), wanted)
-                self.assertEqual(fingerd.parse_users([data], {}), wanted)
+                self.assertEqual(parse_users(*data.splitlines(True)), wanted)
+                self.assertEqual(parse_users(data), wanted)
         for line, problem in self.BAD_USERS_LINES:
             with self.subTest(line[:40]):
-                users = fingerd.parse_users([b"b: 1\n", line + b"\nc: 2\n"], {})
+                users = parse_users(b"b: 1\n", line + b"\nc: 2\n")
                 self.assertEqual((users.texts, len(users.problems)), ({"b": "1", "c": "2"}, 1))
                 self.assertTrue(users.problems[0].startswith(f"2: {problem}"), users.problems)
-        users = fingerd.parse_users([b"x\n"] * 1000, {})
+        users = parse_users(b"x\n" * 1000)
         self.assertEqual(len(users.problems), fingerd.MAX_PROBLEMS + 1)
         self.assertEqual(users.problems[-1], " ... and 900 more bad lines")
 
@@ -748,16 +758,73 @@ class CodecsTest(Case):
             (b"a: 1\n\na:\n", {"a": ""}),
         ):
             wanted = fingerd.UsersFile(texts, [], ["3: replaces an earlier line for a"])
-            self.assertEqual(fingerd.parse_users([data], {}), wanted)
-        users = fingerd.parse_users([b"a: x\n"] * 1000, {})
+            self.assertEqual(parse_users(data), wanted)
+        users = parse_users(b"a: x\n" * 1000)
         self.assertEqual(len(users.repeated), fingerd.MAX_PROBLEMS)
+
+    def test_a_json_list_is_parsed_back(self) -> None:
+        rows = [
+            [],
+            [("a", "x", 1_000.0, None)],
+            [("a/b# c", ': ["{\\,]', 1_000.0, 2_000.0), (FAMILY, "\u00e9 " * 500, 1.0, None)],
+        ]
+        for entries in rows:
+            data = "".join(fingerd.json_list(fingerd.json_status(*each) for each in entries))
+            wanted = fingerd.UsersFile(
+                {user: text.strip() for user, text, _, _ in entries},
+                [],
+                dates={user: since for user, _, since, _ in entries},
+                ends={user: until for user, _, _, until in entries if until},
+            )
+            with self.subTest(data[:40]):
+                self.assertEqual(parse_json(data.encode()), wanted)
+                self.assertEqual(parse_json(*data.encode().splitlines(True)), wanted)
+
+    def test_a_json_list_is_not_trusted(self) -> None:
+        line = '{"user": "%s", "status": "%s", "since": %s}'
+        now, ahead = 1_000_000.0, 1_000_000.0 + fingerd.MAX_AHEAD
+        good = [
+            (line % ("a\\u001b", "x\\ud800\\ny", '"1970-01-01T00:00:01Z"'), {"a": "xy"}, 1.0, None),
+            (line % ("a", "", '"1970-01-12T13:47:00Z"'), {"a": ""}, now + 20, None),
+            (line % ("a", "x", '"1970-01-12T13:48:00Z"'), {"a": "x"}, now, None),
+            (line % ("a", "x", '"9999-12-31T23:59:59Z"'), {"a": "x"}, now, None),
+            (line % ("a", "x", '"0001-01-01T00:00:00Z"'), {"a": "x"}, now, None),
+            (
+                line % ("a", "x", '"1970-01-01T00:00:01Z", "until": "9999-12-31T23:59:59Z"'),
+                {"a": "x"},
+                1.0,
+                ahead,
+            ),
+        ]
+        for text, texts, since, end in good:
+            with self.subTest(text):
+                got = parse_json(f"[{text}]\n".encode())
+                wanted = (texts, [], {"a": since}, {"a": end} if end else {})
+                self.assertEqual((got.texts, got.problems, got.dates, got.ends), wanted)
+        day = '"1970-01-01T00:00:01Z"'
+        bad = [
+            *[line % (name, "x", day) for name in ("", "a:b", "#a", "/a", "..", "x" * 65)],
+            *[line % ("a", "x" * 1001, day), line % ("a", "x" * 9000, day)],
+            *[line % ("a", "x", time) for time in ("null", "0", '"now"', '"9" * 99', "1e999")],
+            *["null", "7", "{}", '"a"', "x", "a: b", '{"a":' * 1600, '{"user": "a"}'],
+            line % ("a", "x", day + ', "until": 5'),
+            line % ("a", "x", day + ', "user": 1'),
+            line % ("a", "x", day + ', "status": null'),
+            line % ("a", "x", day + ","),
+        ]
+        for text in bad:
+            with self.subTest(text[:60]):
+                got = parse_json(
+                    b"[", text.encode() + b",\n", line.encode() % (b"b", b"y", day.encode()), b"]\n"
+                )
+                self.assertEqual((got.texts, len(got.problems)), ({"b": "y"}, 1))
 
     def test_a_formatted_line_is_parsed_back(self) -> None:
         for name, text in itertools.product(
             ("a", "zo\u00e9 b", "a#/"), ("x", "", ": y: #", FAMILY)
         ):
             line = fingerd.format_users_line(name, text)
-            self.assertEqual(fingerd.parse_users([line.encode()], {})[:2], ({name: text}, []))
+            self.assertEqual(parse_users(line.encode())[:2], ({name: text}, []))
             self.assertTrue(line.endswith("\n"))
 
     FINGER: ClassVar = [
@@ -2517,8 +2584,8 @@ class WebTest(SharedCase):
     def test_text(self) -> None:
         self.assertEqual(self.get("/moshez?format=text").body, b"Happy and well\n")
         self.assertEqual(self.get("/nobody?format=text").status, 404)
-        users = fingerd.parse_users(self.get("/?format=text").body.splitlines(True), {})
-        wanted = fingerd.parse_users(MANY.encode().splitlines(True), {}).texts
+        users = parse_users(self.get("/?format=text").body)
+        wanted = parse_users(MANY.encode()).texts
         del wanted["mute"]
         self.assertEqual((users.texts, users.problems), (wanted, []))
         self.assertEqual(list(users.texts), sorted(wanted))
@@ -5662,10 +5729,10 @@ class FuzzTest(Case):
 
         latin = data.decode("latin-1")
         is_clean(fingerd.clean(latin), fingerd.clean(data.decode("utf-8", "surrogateescape")))
-        for name, status in fingerd.parse_users(data.splitlines(keepends=True), {}).texts.items():
+        for name, status in parse_users(*data.splitlines(keepends=True)).texts.items():
             is_clean(name, status)
             line = fingerd.format_users_line(name, status).encode()
-            again = fingerd.parse_users([b"\n", line], {})
+            again = parse_users(b"\n", line)
             self.assertEqual((fingerd.name_problem(name), again.texts), ("", {name: status}))
         is_clean(fingerd.parse_finger(data, True).user)
         user, text, problem, _ = fingerd.parse_setting(data, True)
@@ -6006,12 +6073,74 @@ class ReplicasTest(Case):
             ports += [f"--{face}", f"127.0.0.1:{free_port()}"]
         return self.launch(USERS, *ports, *options, "--interval", "0.5")
 
-    def url(self, first: Service) -> str:
-        return f"http://127.0.0.1:{first.port('web')}/?format=text"
+    def url(self, first: Service, form: str = "json") -> str:
+        return f"http://127.0.0.1:{first.port('web')}/?format={form}"
 
-    def replica(self, first: Service) -> Service:
+    def replica(self, first: Service, *options: str, form: str = "json") -> Service:
         """A fingerd that copies `first` twice a second."""
-        return self.launch("", "--interval", "0.5", source=self.url(first))
+        return self.launch("", "--interval", "0.5", *options, source=self.url(first, form))
+
+    PAGES: ClassVar = [
+        *["/", "/?format=text", "/?format=json", "/?format=atom", "/moshez?format=text"],
+        *["/moshez?format=json", "/moshez?format=atom", "/shawn?format=atom", "/zed?format=json"],
+    ]
+
+    def agree(self, *services: Service) -> bool:
+        """Whether all of them give the same pages, bodies and headers, but for the Date."""
+        pages = []
+        for service in services:
+            found = [service.get(target) for target in self.PAGES]
+            pages.append([page._replace(headers={**page.headers, "date": ""}) for page in found])
+        return all(each == pages[0] for each in pages)
+
+    def test_all_replicas_tell_the_same_story(self) -> None:
+        first = self.first()
+        second = self.replica(first, "--web", f"127.0.0.1:{free_port()}")
+        third = self.replica(second)
+        everywhere = first, second, third
+        until(lambda: self.agree(*everywhere), "at the start")
+        first.set("moshez: 2h", "gone fishing")
+        first.set("zed", "new here")
+        until(lambda: "Until: " in third.finger("/W moshez"))
+        until(lambda: self.agree(*everywhere), "a message and its end")
+        first.set("zed", "")
+        put(first.users, USERS + "amy: was in the file\n", age=0.0)
+        until(lambda: "was in" in third.finger("amy"))
+        until(lambda: self.agree(*everywhere), "taken back")
+        self.assertEqual(third.finger("zed"), "No such user\r\n")
+        first.set("amy", "once")
+        first.set("amy", "")  # which a replica may not see
+        for service in everywhere:
+            service.stop()
+        for service in everywhere[::-1]:
+            service.start()
+        until(lambda: self.agree(*everywhere), "after all were started again")
+        first.set("moshez", "gone fishing")  # a new date for the same text
+        until(lambda: "Until: " not in third.finger("/W moshez"))
+        until(lambda: self.agree(*everywhere), "another date")
+
+    def test_ids_in_feeds_are_the_same_on_every_host(self) -> None:
+        feeds = []
+        for host in ("a", "b"):
+            policy = fingerd.Policy(finger_host=host)
+            port = self.server(fingerd.WebServer, make_store(), policy).port
+            feeds.append([fetch(port, f"/{user}?format=atom").body for user in ("", "moshez")])
+        self.assertEqual(*feeds)
+        self.assertIn(b"<id>tag:fingerd,2026:moshez#", feeds[0][1])
+        for option, root in (
+            ("--hostname=h", "finger://h/"),
+            ("--public-url=http://h/s", "http://h/s/"),
+            ("--private", "tag:fingerd,2026:"),
+        ):
+            policy = fingerd.make_policy(fingerd.parse_args([option, "users"]), {})
+            self.assertEqual(policy.feed_root, root)
+
+    def test_a_text_list_still_works(self) -> None:
+        first = self.first()
+        replica = self.replica(first, form="text")
+        first.set("moshez", "gone fishing")
+        until(lambda: replica.finger("moshez") == "gone fishing\r\n")
+        self.assertEqual(replica.finger(""), first.finger(""))
 
     def test_a_replica_says_what_the_first_says(self) -> None:
         first = self.first()
@@ -6061,7 +6190,7 @@ class ReplicasTest(Case):
         same = b"HTTP/1.1 304 Not Modified\r\n\r\n"
         source, requests = self.fake(ok(b"a: b\n", etag, date), same, ok(b"a: b\n"), ok(b"a: c\n"))
         first = source.read({}, at_once=True)
-        self.assertEqual(first, fingerd.UsersFile({"a": "b"}, [], 1_000_000_001.0))
+        self.assertEqual(first, fingerd.UsersFile({"a": "b"}, [], modified=1_000_000_000.0))
         self.assertIsNone(source.read(first.texts, at_once=False))
         self.assertEqual(source.read(first.texts, at_once=True).texts, first.texts)
         self.assertEqual(source.read(first.texts, at_once=False).texts, {"a": "c"})
