@@ -6389,9 +6389,9 @@ class SurroundingsTest(Case):
         code = """if True:
             import gc, sys
             sys.path.insert(0, sys.argv[1])
-            path = list(sys.path)
+            before = list(sys.path), gc.isenabled(), gc.get_freeze_count()
             import fingerd
-            assert sys.path == path and gc.isenabled() and not gc.get_freeze_count()
+            assert before == (sys.path, gc.isenabled(), gc.get_freeze_count())
             import http.client, http.server, xmlrpc.client, xmlrpc.server
             handler = http.server.BaseHTTPRequestHandler.__new__(http.server.BaseHTTPRequestHandler)
             assert handler.date_time_string(0) == "Thu, 01 Jan 1970 00:00:00 GMT"
