@@ -23,7 +23,7 @@ those with real clients, `python3 test_fingerd.py bench` measures.
                       HostileTest, FuzzTest, ReloaderTest,        composition
                       StopTest
     11. around it     ReplicasTest, SurroundingsTest,             all
-                      TopLevelTest
+                      TopLevelTest, SystemdTest
     12. running       (the bench, and all tests side by side)
 """
 
@@ -3231,28 +3231,27 @@ class CommandLineTest(Case):
         self.assertEqual((options.setter, options.web), ([("127.0.0.1", 1079)], []))
 
     def test_a_server_may_have_several_addresses(self) -> None:
-        for server, port_of in (
+        for server, query in (
             ("finger", b"moshez\r\n"),
             ("setter", b"a\nb\n"),
             ("web", request()),
         ):
             with self.subTest(server):
                 option = f"--{server}"
-                words = (option, "127.0.0.1:0", option, "127.0.0.2:0")
-                service = self.launch(USERS, *words)
+                service = self.launch(USERS, option, "127.0.0.1:0", option, "127.0.0.2:0")
                 lines = [line for line in service.log if f"{server} listening on" in line]
                 places = [line.rpartition(" ")[2].split(":") for line in lines]
                 self.assertEqual([host for host, _ in places], ["127.0.0.1", "127.0.0.2"])
                 for host, port in places:
-                    self.assertRegex(ask(int(port), port_of, host=host), b"Happy|OK")
+                    self.assertRegex(ask(int(port), query, host=host), b"Happy|OK")
                 self.assertEqual((service.stop(), service.complaints()), (0, []))
 
     def test_a_taken_port_is_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
-            for face in FACES:
-                words = command(self.users(), f"--{face}", address)
-                self.refuses_to_start(words, rf"{address}.*in use.*--{face}")
+            for server in FACES:
+                words = command(self.users(), f"--{server}", address)
+                self.refuses_to_start(words, rf"{address}.*in use.*--{server}")
 
     def test_an_unreadable_users_file_is_one_line(self) -> None:
         file, inside = self.users(), self.users()
@@ -6345,7 +6344,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")"""
 class SurroundingsTest(Case):
     """The same answers, wherever and however it is started."""
 
-    def test_all_faces_work_and_nothing_is_complained_about(self) -> None:
+    def test_all_servers_work_without_a_warning(self) -> None:
         c_locale = {"PATH": "/bin", "LC_ALL": "C"}
         strict = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
         as_it_is = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -6420,7 +6419,7 @@ class SurroundingsTest(Case):
     def test_a_full_stderr_stops_nobody(self) -> None:
         ports, users = [free_port() for _ in FACES], self.folder() / "users"
         put(users, USERS)
-        addresses = [(f"--{face}", f"127.0.0.1:{port}") for face, port in zip(FACES, ports)]
+        addresses = [(f"--{name}", f"127.0.0.1:{port}") for name, port in zip(FACES, ports)]
         words = command(users, "-v", *itertools.chain(*addresses))
         process = subprocess.Popen(words, stderr=subprocess.PIPE)
         self.addCleanup(process.wait)
@@ -6508,8 +6507,8 @@ class TopLevelTest(Case):
         tour = README[README.index("## Five minutes") : README.index("## The rules")]
         session = re.findall(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ |```).*\n)*)", tour, re.M)
         for words, answer in session[1:]:
-            for port, face in ports.items():
-                words = words.replace(port, str(service.port(face)))
+            for port, server in ports.items():
+                words = words.replace(port, str(service.port(server)))
             words = re.sub(r"^> ", "", words, flags=re.M).replace("python3", sys.executable)
             with self.subTest(words):
                 _, said, _ = run(["sh", "-c", words])
