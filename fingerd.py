@@ -737,7 +737,7 @@ dt { font-weight: bold }
 dt + dd { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
 dt + dd { overflow: hidden }
 dd + dd { padding-right: 0 }
-pre { overflow: auto }
+pre { overflow: auto; unicode-bidi: plaintext }
 time { white-space: nowrap }
 time, nav, footer { opacity: .75; font-size: .9rem }
 @media (max-width: 40rem) {
@@ -2899,8 +2899,8 @@ class SetterServer(Server):
             until, problem = end_of_message(setting.time, now, seconds)
 
         def answer(problem: str) -> Reply:
-            words = setting.user, setting.text, problem or "OK"
-            log.debug("setter: %s: %a: %a: %s", connection, *words)
+            outcome = problem or ascii(setting.text)
+            log.debug("setter: %s: %a: %s", connection, setting.user, outcome)
             ends = [plain_time(until)] if until and setting.text else []
             ends += ["fingerd restarts"] if self.store.lost_at_restart else []
             ok = f"OK until {' or '.join(ends)}" if ends else "OK"
@@ -3410,8 +3410,7 @@ class Plans:
             if user in self._late.values() or len(self._late) >= LATE_PLANS:
                 return []
         lines: list[str] = []
-        reader = threading.Thread(target=lambda: lines.extend(self._load(user)), name="plan")
-        reader.daemon = True
+        reader = threading.Thread(target=lambda: lines.extend(self._load(user)), daemon=True)
         with contextlib.suppress(RuntimeError):  # the system has no thread for it
             reader.start()
             reader.join(PLAN_SECONDS)

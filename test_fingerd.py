@@ -3115,7 +3115,7 @@ class PlansTest(SharedCase):
         server = self.server(fingerd.FingerServer, make_store(), fingerd.Policy(), plans)
 
         def held() -> int:
-            return sum(thread.name == "plan" for thread in threading.enumerate())
+            return sum(map(threading.Thread.is_alive, plans._late))
 
         for _ in range(3):
             self.assertEqual(ask(server.port, b"moshez\n"), HAPPY)
