@@ -4931,33 +4931,26 @@ class DurabilityTest(Case):
 
     @needs("strace")
     def test_an_error_of_the_disk_leaves_nothing_behind(self) -> None:
-        for calls in ("fdatasync,fsync", "pwrite64", "fdatasync,fsync,unlink"):
-            for text in ("second", ""):
-                service = self.launch()
-                service.set("shawn", "first")
-                words = [
-                    "strace",
-                    "-f",
-                    "-p",
-                    str(service.pid),
-                    "-e",
-                    f"trace={calls}",
-                    "-o",
-                    os.devnull,
-                    "-e",
-                    f"inject={calls}:error=EIO",
-                ]
-                with subprocess.Popen(words, stderr=subprocess.PIPE) as strace:
-                    assert strace.stderr
-                    if b"attached" not in strace.stderr.readline():
-                        self.skipTest("cannot trace here")
-                    until(lambda s=service: s.set("zed", "zed").startswith("ERROR"))
-                    with self.subTest(calls, text=text):
-                        self.assertRegex(service.set("shawn", text), "^ERROR could not be kept")
-                        self.assertEqual(service.finger("shawn"), "first\r\n")
-                        service.kill()
-                service.start()
-                self.assertEqual(service.finger("shawn"), "first\r\n")
+        for calls, text in (
+            ("fdatasync,fsync", "second"),
+            ("fdatasync,fsync,unlink", ""),
+            ("pwrite64", "second"),
+        ):
+            service = self.launch()
+            service.set("shawn", "first")
+            words = ["strace", "-f", "-p", str(service.pid), "-o", os.devnull]
+            words += ["-e", f"trace={calls}", "-e", f"inject={calls}:error=EIO"]
+            with subprocess.Popen(words, stderr=subprocess.PIPE) as strace:
+                assert strace.stderr
+                if b"attached" not in strace.stderr.readline():
+                    self.skipTest("cannot trace here")
+                until(lambda s=service: s.set("zed", "zed").startswith("ERROR"))
+                with self.subTest(calls, text=text):
+                    self.assertRegex(service.set("shawn", text), "^ERROR could not be kept")
+                    self.assertEqual(service.finger("shawn"), "first\r\n")
+                    service.kill()
+            service.start()
+            self.assertEqual(service.finger("shawn"), "first\r\n")
 
     def test_the_default_state_file_is_used_or_ends_the_start(self) -> None:
         folder, users = self.folder() / "state", self.folder() / "users"
