@@ -4084,11 +4084,11 @@ def build_services(options: argparse.Namespace) -> Services:
             raise
         hint = ": see --run-as" if identity else ""
         raise StartError(f"{problem} for {describe_account(os.geteuid())}{hint}") from None
-    if path:
-        restore_messages(store, path, is_default=not options.state)
     plans = Plans(options.plans, store) if options.plans else None
     if plans and options.plans != "home" and not os.access(f"{options.plans}/.", os.X_OK):
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
+    if path:
+        restore_messages(store, path, is_default=not options.state)
     servers: list[Server] = [
         *(FingerServer(listener, store, policy, plans) for listener in listeners["finger"]),
         *(SetterServer(listener, store, reloader.refresh) for listener in listeners["setter"]),

@@ -4999,6 +4999,8 @@ import fingerd; sys.exit(fingerd.main())"""
     def test_a_failed_start_leaves_nothing_behind(self) -> None:
         folder = self.folder()
         self.refuses_to_start(command("/nowhere/users", state=folder / "state.db"), "/nowhere")
+        words = command(HERE / "users.example", "--plans", "/nowhere", state=folder / "state.db")
+        self.refuses_to_start(words, "--plans: /nowhere")
         with socket.create_server(("127.0.0.1", 0)) as taken:
             address = f"127.0.0.1:{taken.getsockname()[1]}"
             words = command(HERE / "users.example", "--web", address, state=folder / "state.db")
