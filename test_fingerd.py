@@ -6293,37 +6293,72 @@ class ReplicasTest(Case):
         with self.assertRaisesRegex(fingerd.UsersError, "Connection refused"):
             fingerd.UrlSource("https://127.0.0.1:1/", None).read({}, at_once=True)
 
-    @needs("haproxy")
-    def test_behind_haproxy_nobody_notices_that_one_is_killed(self) -> None:
+    def behind_haproxy(self) -> tuple[Service, Service, dict[str, int]]:
+        """A first, its replica, and the ports of the README's HAProxy in front of them."""
         first = self.first()
-        second = self.replica(first)
-        ports = {"79": free_port(), "80": free_port()}
-        for name, service in (("7979", first), ("7980", second)):
-            ports[name] = service.port("finger")
-        ports["8000"], ports["8001"] = first.port("web"), second.port("web")
+        finger, web = first.port("finger"), first.port("web")
+        second = self.replica(
+            first, "--finger", f"127.0.0.2:{finger}", "--setter", "off", "--web", f"127.0.0.2:{web}"
+        )
+        ports = {"79": free_port(), "80": free_port(), "7979": finger, "8000": web}
         config = re.search(r"^defaults\n.*?(?=^```)", README, re.M | re.S)
         assert config
-        text = re.sub(r":(\d+)\b", lambda match: f"127.0.0.1:{ports[match[1]]}", config[0])
+        text = re.sub(r":(\d+)\b", lambda match: f":{ports[match[1]]}", config[0])
         path = first.folder / "haproxy.cfg"
-        path.write_text(text.replace("127.0.0.1127.0.0.1", "127.0.0.1"))
+        path.write_text(text.replace("bind :", "bind 127.0.0.1:"))
         haproxy = [shutil.which("haproxy", path=PATH), "-db", "-f", path]
         proxy = subprocess.Popen(haproxy, stderr=subprocess.DEVNULL)
         self.addCleanup(proxy.wait)
         self.addCleanup(proxy.kill)
         until(lambda: not refused(ports["79"]) and not refused(ports["80"]))
+        return first, second, ports
+
+    def catches_up(self, first: Service, second: Service) -> None:
+        """Set a message, and return once both have it and all its times."""
+        first.set("moshez", "gone fishing")
+        until(lambda: second.get("/", host="127.0.0.2")[1:] == first.get("/")[1:])
+
+    @needs("haproxy")
+    def test_behind_haproxy_nobody_notices_that_one_is_killed(self) -> None:
+        first, second, ports = self.behind_haproxy()
 
         def asked() -> None:
             self.assertEqual(ask(ports["79"], b"moshez\r\n"), b"gone fishing\r\n")
             page = ask(ports["80"], b"GET /moshez?format=text HTTP/1.0\r\n\r\n", half_close=False)
             self.assertRegex(page, rb"\AHTTP/1.[01] 200 OK\r\n[^\0]*\r\n\r\ngone fishing\n\Z")
 
-        first.set("moshez", "gone fishing")
-        until(lambda: second.finger("moshez") == "gone fishing\r\n")
+        self.catches_up(first, second)
         for _ in range(20):
             asked()
         first.kill()
         for _ in range(100):
             asked()
+
+    @needs("haproxy")
+    def test_behind_haproxy_a_page_that_is_known_is_not_sent_again(self) -> None:
+        first, second, ports = self.behind_haproxy()
+        self.catches_up(first, second)
+        for target in ("/", "/?format=json", "/?format=atom", "/moshez", "/moshez?format=atom"):
+            etag = fetch(ports["80"], target).headers["etag"]
+            known = f"If-None-Match: {etag}"
+            got = [fetch(ports["80"], target, known, "Connection: close") for _ in range(10)]
+            self.assertEqual([page.status for page in got], [304] * 10, target)
+
+    @needs("haproxy")
+    def test_behind_haproxy_one_that_hangs_is_not_asked(self) -> None:
+        first, second, ports = self.behind_haproxy()
+        self.catches_up(first, second)
+        first.signal(signal.SIGSTOP)
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError), connect(ports["79"], b"moshez\r\n") as sock:
+                sock.settimeout(0.5)
+                return read_all(sock) == b"gone fishing\r\n"
+            return False
+
+        until(lambda: all(answers() for _ in range(10)), "it is taken out")
+        first.signal(signal.SIGCONT)
+        self.assertFalse([line for line in second.log if re.search("(finger|web): ", line)])
 
 
 # ---- odd surroundings --------------------------------------------------------------------------
