@@ -728,7 +728,8 @@ STYLE = """
 :root { color-scheme: light dark; background: Canvas }
 body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto }
 body { padding: 0 1rem }
-h1, p, dt, dd { unicode-bidi: plaintext; overflow-wrap: anywhere }
+h1, p, dt, dd, pre { unicode-bidi: plaintext; overflow-wrap: anywhere }
+pre { white-space: pre-wrap; font-size: .9rem }
 h1 { line-height: 1.2 }
 h1 + p { font-size: 1.4rem }
 dl { display: grid; grid-template-columns: minmax(auto, 11rem) 1fr auto }
@@ -737,7 +738,6 @@ dt { font-weight: bold }
 dt + dd { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
 dt + dd { overflow: hidden }
 dd + dd { padding-right: 0 }
-pre { overflow: auto; unicode-bidi: plaintext }
 time { white-space: nowrap }
 time, nav, footer { opacity: .75; font-size: .9rem }
 @media (max-width: 40rem) {
@@ -1758,11 +1758,9 @@ class WebAnswers:
         takes_calls = head.path in ("/", "/RPC2")  # some clients post their calls to /
         if head.method == "POST" and takes_calls:
             return error_page(415) if "content-encoding" in head.headers else None
-        allowed = (
-            ["GET", "HEAD"] if head.path != "/RPC2" or self._store.snapshot().find("RPC2") else []
-        )
-        allowed += ["POST"] * takes_calls
-        allowed += ["OPTIONS"] * (self._policy.public_url != "" and head.path != "/RPC2")
+        has_page = head.path != "/RPC2" or self._store.snapshot().find("RPC2") != ""
+        is_public = self._policy.public_url != "" and head.path != "/RPC2"
+        allowed = ["GET", "HEAD"] * has_page + ["POST"] * takes_calls + ["OPTIONS"] * is_public
         if head.method in allowed:
             return None
         page = error_page(405)

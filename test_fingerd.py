@@ -2703,7 +2703,7 @@ class WebTest(SharedCase):
 class PrivateTest(SharedCase):
     options = ("--private", "--public-url", "https://www.example/s")
 
-    def test_nobody_is_told_who_is_there(self) -> None:
+    def test_lists_are_refused(self) -> None:
         for query in ("", "/W", "@localhost"):
             self.assertEqual(self.service.finger(query), "Finger online user list denied\r\n")
         page = self.get("/")
@@ -2728,7 +2728,7 @@ class PrivateTest(SharedCase):
         self.assertEqual(headers(), before)
         self.assertNotIn("last-modified", before)
 
-    def test_whoever_knows_a_name_is_told(self) -> None:
+    def test_a_user_who_is_asked_for_by_name_is_told(self) -> None:
         self.assertEqual(self.service.finger("moshez"), "Happy and well\r\n")
         self.assertEqual(self.service.finger("nobody"), "No such user\r\n")
         self.assertEqual(self.rpc().getUser("moshez"), "Happy and well")
@@ -2877,7 +2877,7 @@ class XmlRpcTest(SharedCase):
             self.assertEqual(set(fault), {"faultCode", "faultString"})
             self.assertNotRegex(fault["faultString"], r"Error|'|<|_")
 
-    def test_a_call_is_answered_whatever_the_caller_knows(self) -> None:
+    def test_conditions_do_not_matter_to_a_call(self) -> None:
         self.assertEqual(self.value(post(CALL, "If-None-Match: *")), "Happy and well")
 
     def value(self, data: bytes) -> Any:
