@@ -269,7 +269,7 @@ def clean_lines(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
 
 
 def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> UsersFile:
-    """The content of a file of `clean_lines`; the last for a user counts, a bad one is skipped.
+    """The users in `clean_lines`; the last line for a user counts, and a bad line is skipped.
 
     A status that is in `known` already is the same object again, so that reading a large file
     anew costs little memory. Reading stops after MAX_USERS users.
@@ -842,28 +842,27 @@ def json_list(objects: Iterator[str]) -> Iterator[str]:
 
 
 def parse_json_list(blocks: Iterable[bytes], known: Mapping[str, str], now: float) -> UsersFile:
-    """The users in a `json_list` of `json_status`; a line that is something else is skipped.
+    """The users in a `json_list` of `json_status`; a line with something else is skipped.
 
-    A time that lies more than MAX_SKEW ahead becomes `now`; a later end than MAX_AHEAD, that.
+    A date more than MAX_SKEW after `now` becomes `now`; an end is MAX_AHEAD after it at most.
     """
     dates: dict[str, float] = {}
     ends: dict[str, float] = {}
-
-    def read_entry(entry: Any) -> tuple[str, str]:
-        user, since = clean(entry["user"]), parse_iso_time(entry["since"])
-        line = f"{user}: {clean(entry['status'])}"
-        dates[user] = since if 0 <= since <= now + MAX_SKEW else now
-        if entry.get("until"):
-            ends[user] = min(parse_iso_time(entry["until"]), now + MAX_AHEAD)
-        return line, name_problem(user)
 
     def lines() -> Iterator[tuple[str, str]]:
         for line, problem in clean_lines(blocks):
             line = line.lstrip("[").rstrip(",]")
             try:
-                yield read_entry(json.loads(line)) if line and not problem else (line, problem)
+                if line and not problem:
+                    entry = json.loads(line)
+                    user, since = clean(entry["user"]), parse_iso_time(entry["since"])
+                    line, problem = f"{user}: {clean(entry['status'])}", name_problem(user)
+                    dates[user] = since if 0 <= since <= now + MAX_SKEW else now
+                    if entry.get("until"):
+                        ends[user] = min(parse_iso_time(entry["until"]), now + MAX_AHEAD)
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-                yield line, "not a status in JSON"
+                problem = "not a status in JSON"
+            yield line, problem
 
     return parse_users(lines(), known)._replace(dates=dates, ends=ends)
 
@@ -3208,9 +3207,8 @@ class UrlSource:
             scheme, host, port = origin = find_origin(url)
             if origin != find_origin(self._url):
                 raise UsersError(f"redirects to another server: {url}")
-            secure = scheme == "https"
-            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-            connection = kind(host, port, timeout=FETCH_SECONDS / 2)  # for each of its addresses
+            kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+            connection = kinds[scheme](host, port, timeout=FETCH_SECONDS / 2)  # for each address
             connection.connect()
             with connection.sock as sock:
                 headers = {
@@ -3261,10 +3259,8 @@ class UrlSource:
         if not self._copy:
             return
         texts, dates, ends = users.texts, users.dates, users.ends
-        lines: Iterator[str]
-        if dates is None:
-            lines = itertools.starmap(format_users_line, texts.items())
-        else:
+        lines: Iterator[str] = itertools.starmap(format_users_line, texts.items())
+        if dates is not None:
             lines = json_list(json_status(u, texts[u], dates[u], ends.get(u)) for u in texts)
         new = self._copy.with_name(self._copy.name + ".new")
         try:
