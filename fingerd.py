@@ -347,14 +347,14 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     return FingerQuery(user.strip(), in_front or behind, host.strip() if at else None)
 
 
-def parse_plan(data: bytes) -> list[str]:
-    """The lines in a file that begins with `data`: MAX_PLAN bytes and MAX_PLAN_LINES at most."""
+def parse_plan(data: bytes) -> str:
+    """The text of a file that begins with `data`: MAX_PLAN bytes and MAX_PLAN_LINES at most."""
     *lines, last = decode(data[:MAX_PLAN]).split("\n")
     if last and len(data) <= MAX_PLAN:
         lines.append(last)
     is_cut = len(data) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
     lines = [printable(line.expandtabs()) for line in lines[:MAX_PLAN_LINES]]
-    return [*lines, "... (cut)"] if is_cut else lines
+    return "\n".join(lines + ["... (cut)"] * is_cut)
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
@@ -824,12 +824,10 @@ def html_status(text: str) -> str:
     return "".join(parts)
 
 
-def json_status(
-    user: str, text: str, since: float, until: float | None, plan: Iterable[str] = ()
-) -> str:
+def json_status(user: str, text: str, since: float, until: float | None, plan: str = "") -> str:
     """A user's status as a JSON object, with the plan if there is one; null for no time."""
     times = {"since": iso_time(since) if since else None, "until": until and iso_time(until)}
-    more = {"plan": "\n".join(plan)} if plan else {}
+    more = {"plan": plan} if plan else {}
     return json.dumps({"user": user, "status": text, **times, **more}, ensure_ascii=False)
 
 
@@ -1260,18 +1258,6 @@ def cased(names: Iterable[str]) -> list[str]:
     return sorted_in_slices([name for name in names if name.casefold() != name], str.casefold)
 
 
-def folds_to(folded: str, names: list[str]) -> list[str]:
-    """Up to two of the names in a `cased` list whose casefold() is `folded`."""
-    low, high = 0, len(names)
-    while low < high:
-        middle = (low + high) // 2
-        if names[middle].casefold() < folded:
-            low = middle + 1
-        else:
-            high = middle
-    return [name for name in names[low : low + 2] if name.casefold() == folded]
-
-
 class Snapshot(NamedTuple):
     """All that is visible at one moment. It never changes: a writer publishes another one.
 
@@ -1310,9 +1296,16 @@ class Snapshot(NamedTuple):
         if name in self.file or self.text(name):
             return name
         folded = name.casefold()
-        found = {*folds_to(folded, self.file_cased), *folds_to(folded, self.others_cased)}
-        if folded in self.file or self.text(folded):
-            found.add(folded)
+        found = {folded} if folded in self.file or self.text(folded) else set()
+        for names in (self.file_cased, self.others_cased):
+            low, high = 0, len(names)
+            while low < high:
+                middle = (low + high) // 2
+                if names[middle].casefold() < folded:
+                    low = middle + 1
+                else:
+                    high = middle
+            found.update(each for each in names[low : low + 2] if each.casefold() == folded)
         return found.pop() if len(found) == 1 else ""
 
     def users(self) -> Iterator[tuple[str, Status]]:
@@ -1401,10 +1394,6 @@ class StatusStore:
     def snapshot(self) -> Snapshot:
         """All that is visible now, consistent in itself."""
         return self._now
-
-    def get(self, user: str) -> Status | None:
-        """The user's status, or None for an unknown user and for one without a status."""
-        return self._now.get(user)
 
     @property
     def version(self) -> int:
@@ -1599,12 +1588,12 @@ def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
 
 
 def finger_answer(
-    now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "", plan: Iterable[str] = ()
+    now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "", plan: str = ""
 ) -> str:
     """The answer to a finger query, each line ended by CRLF (RFC 1288, section 2.2).
 
     `reached` is the address at which the client reached us; it counts where a host is named.
-    `plan` has the lines of the user's plan.
+    `plan` is the text of the user's plan.
     """
     if query.too_long:
         return "Query too long\r\n"
@@ -1617,11 +1606,11 @@ def finger_answer(
     answer = now.text(user)
     if status:
         since = plain_time(status.since)
-        until = f"\r\nUntil: {plain_time(status.until)}" if status.until else ""
-        answer = f"Login: {user}\r\nStatus: {status.text}\r\nSince: {since}{until}"
+        until = f"\nUntil: {plain_time(status.until)}" if status.until else ""
+        answer = f"Login: {user}\nStatus: {status.text}\nSince: {since}{until}"
     if plan:
-        answer = "\r\n".join([*([answer, ""] if answer else []), "Plan:", *plan])
-    return (answer or NO_SUCH_USER) + "\r\n"
+        answer = f"{answer}\n\nPlan:\n{plan}".lstrip("\n")
+    return (answer or NO_SUCH_USER).replace("\n", "\r\n") + "\r\n"
 
 
 # ---- web ---------------------------------------------------------------------------------------
@@ -1675,9 +1664,7 @@ def finger_links(user: str, policy: Policy) -> list[str]:
     return [f"<code>{html.escape(command)}</code>", f'<a href="{url}">finger</a>']
 
 
-def user_html(
-    user: str, status: Status, base: str, policy: Policy, plan: Iterable[str] = ()
-) -> str:
+def user_html(user: str, status: Status, base: str, policy: Policy, plan: str) -> str:
     """The page of one user; `base` is the URL of everybody's page, escaped."""
     url = user_url(base, user)
     links = [f'<a href="{base}">everybody</a>', *finger_links(user, policy), page_links(url)]
@@ -1687,8 +1674,7 @@ def user_html(
         times = f"since {html_time(status.since)}{until}"
         main += f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
     if plan:
-        lines = "\n".join(map(html.escape, plan))
-        main += f"<h2>Plan</h2>\n<pre>\n{lines}</pre>\n"
+        main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n"
     return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", url)
 
 
@@ -1771,8 +1757,8 @@ class WebAnswers:
         allowed = {"Access-Control-Allow-Methods": "GET, HEAD", "Access-Control-Allow-Headers": "*"}
         return Page(204, {**ANY_ORIGIN, **allowed, "Access-Control-Max-Age": "86400"}, [])
 
-    def page(self, head: HttpHead, plan: Iterable[str] = ()) -> Page:
-        """The page that a GET asks for; `plan` has the lines of the user's plan."""
+    def page(self, head: HttpHead, plan: str = "") -> Page:
+        """The page that a GET asks for; `plan` is the text of the user's plan."""
         view = parse_view(head.query, head.headers.get("accept", ""))
         page, headers = self._page(head, view, plan), {}
         if view.reload and page.status == 200:
@@ -1781,7 +1767,7 @@ class WebAnswers:
             headers.update(ANY_ORIGIN)
         return page._replace(headers={**page.headers, **headers}) if headers else page
 
-    def _page(self, head: HttpHead, view: View, plan: Iterable[str]) -> Page:
+    def _page(self, head: HttpHead, view: View, plan: str) -> Page:
         """The page, without the headers that depend on more than the store and the view."""
         if not view.format:
             return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
@@ -1805,7 +1791,7 @@ class WebAnswers:
             return self._feed(now, user, [(user, status)], head)
         return self._remembered(view.format, user, status)
 
-    def _user(self, name: str, user: str, status: Status, plan: Iterable[str] = ()) -> Page:
+    def _user(self, name: str, user: str, status: Status, plan: str = "") -> Page:
         """The page of one user in the format `name`; not a feed. With a plan it has no date."""
         if name == "html":
             text = user_html(user, status, self._base, self._policy, plan)
@@ -1933,9 +1919,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
     overridden below adds limits and checks the types of parameters.
     """
 
-    def __init__(
-        self, store: StatusStore, policy: Policy, read_plan: Callable[[str], list[str]]
-    ) -> None:
+    def __init__(self, store: StatusStore, policy: Policy, read_plan: Callable[[str], str]) -> None:
         super().__init__()
         self._store, self._policy, self._read_plan = store, policy, read_plan
         self._listed: tuple[int, Page] | None = None  # the store's version, and its listUsers
@@ -1983,7 +1967,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def _get_plan(self, name: Any) -> Any:
         """The user's plan, or an empty string."""
-        return "\n".join(self._read_plan(clean(name)))
+        return self._read_plan(clean(name))
 
     def _get_status(self, name: Any) -> Any:
         """The user's status, and its times in UTC; a fault if there is none."""
@@ -2813,11 +2797,7 @@ class FingerServer(Server):
     fault = Reply([f"{INTERNAL_ERROR}\r\n".encode()], 0, close=True)
 
     def __init__(
-        self,
-        listener: socket.socket,
-        store: StatusStore,
-        policy: Policy,
-        plans: Plans | None = None,
+        self, listener: socket.socket, store: StatusStore, policy: Policy, plans: Plans | None
     ) -> None:
         super().__init__(listener)
         self.store, self.policy, self.plans = store, policy, plans
@@ -2837,7 +2817,7 @@ class FingerServer(Server):
         used = 0 if query.too_long else len(received)  # the rest of a long query is on its way
 
         def answer() -> Reply:
-            plan = self.plans.read(query.user) if self.plans and query.user else ()
+            plan = self.plans.read(query.user) if self.plans and query.user else ""
             text = finger_answer(now, query, self.policy, reached, plan)
             reply = Reply([text.encode()], used, close=True)
             if not (query.user or query.host or query.too_long):
@@ -2992,15 +2972,11 @@ class WebServer(Server):
     fault = Reply(web_response(HttpHead(500), error_page(500), time.time()), 0, close=True)
 
     def __init__(
-        self,
-        listener: socket.socket,
-        store: StatusStore,
-        policy: Policy,
-        plans: Plans | None = None,
+        self, listener: socket.socket, store: StatusStore, policy: Policy, plans: Plans | None
     ) -> None:
         super().__init__(listener)
         self.answers, self.plans = WebAnswers(store, policy), plans
-        self.rpc = RpcAnswers(store, policy, plans.read if plans else lambda _: [])
+        self.rpc = RpcAnswers(store, policy, plans.read if plans else lambda _: "")
         self.listing = threading.Lock()  # held while a list of all users is made
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
@@ -3394,30 +3370,29 @@ class Plans:
             found = re.search(r"^\s*UID_MIN\s+([0-9]+)", text, re.MULTILINE)
             self._first_uid = int(found[1]) if found else 1000
 
-    def read(self, name: str) -> list[str]:
-        """The lines of a user's plan; none if there is no plan, or none in PLAN_SECONDS."""
+    def read(self, name: str) -> str:
+        """The text of a user's plan; "" if there is none, or if it takes over PLAN_SECONDS."""
         user = self._store.snapshot().find(name) or name
         if name_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
-            return []
+            return ""
         with self._lock:
             self._late = {each: late for each, late in self._late.items() if each.is_alive()}
             if user in self._late.values() or len(self._late) >= LATE_PLANS:
-                return []
-        lines: list[str] = []
-        reader = threading.Thread(target=lambda: lines.extend(self._load(user)), daemon=True)
+                return ""
+        plan: list[str] = []
+        reader = threading.Thread(target=lambda: plan.append(self._load(user)), daemon=True)
         with contextlib.suppress(RuntimeError):  # the system has no thread for it
             reader.start()
             reader.join(PLAN_SECONDS)
-        if not reader.is_alive():
-            return lines
-        with self._lock:
-            if not self._late:
-                log.warning("plans: the disk does not answer; replies leave the plans out")
-            self._late[reader] = user
-        return []
+        if reader.is_alive():
+            with self._lock:
+                if not self._late:
+                    log.warning("plans: the disk does not answer; replies leave the plans out")
+                self._late[reader] = user
+        return "".join(plan)
 
-    def _load(self, user: str) -> list[str]:
-        """The lines of a plan. A link, a device or another user's file is none."""
+    def _load(self, user: str) -> str:
+        """The text of a plan. A link, a device or another user's file is none."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # to open a FIFO would block
         path, owner = f"{self._place}/{user}", None
         try:
@@ -3426,7 +3401,7 @@ class Plans:
                 path, owner = f"{account.pw_dir}/.plan", account.pw_uid
                 is_person = owner >= self._first_uid and account.pw_name != "nobody"
                 if not is_person or os.path.lexists(f"{account.pw_dir}/.nofinger"):
-                    return []
+                    return ""
             with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
                 found = os.fstat(file.fileno())
                 is_own = found.st_nlink == 1 and owner in (None, found.st_uid)
@@ -3434,7 +3409,7 @@ class Plans:
                     return parse_plan(file.read(MAX_PLAN + 1))
         except (OSError, KeyError, ValueError):  # ValueError: the name is not in the locale
             pass
-        return []
+        return ""
 
 
 # ---- IRC -------------------------------------------------------------------------------------
