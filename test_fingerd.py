@@ -14,7 +14,7 @@ those with real clients, `python3 test_fingerd.py bench` measures.
     6. faces          FingerTest, SetterTest, WebTest,            answers, services
                       PrivateTest, XmlRpcTest, PlansTest
     7. command line   CommandLineTest                             composition
-    8. real clients   RealClientsTest                             all
+    8. real clients   RealClientsTest, BrowserTest                all
     9. IRC            IrcCodecTest, IrcSessionTest,               codecs, answers,
                       IrcOptionsTest, FakeServerTest, TlsTest,    composition, services
                       NgircdTest, InspircdTest,
@@ -3431,6 +3431,33 @@ class RealClientsTest(unittest.TestCase):
         if not self.own:
             self.skipTest("not in a network of our own")
         self.assertIn("WARNING", self.service.wait_for(r"anybody's message|may set"))
+
+
+ELSEWHERE = """<!DOCTYPE html><body><script>
+const read = (port, path, options) => fetch(`http://127.0.0.1:${port}${path}`, options)
+    .then(answer => answer.text(), () => "refused");
+const call = {method: "POST", body: "<methodCall><methodName>listUsers</methodName></methodCall>"};
+const read_all = async port => [
+    await read(port, "/moshez?format=text"),
+    await read(port, "/moshez?format=text", {headers: {"If-None-Match": "x"}}),
+    await read(port, "/RPC2", call), await read(port, "/", call)].join("; ");
+(async () => document.body.append(await read_all(%d), await read_all(%d)))();
+</script>"""
+
+
+class BrowserTest(Case):
+    @needs("chromium")
+    def test_pages_elsewhere_may_read_a_public_server_and_no_other(self) -> None:
+        public, plain = self.launch(USERS, "--public-url", "http://h/"), self.launch()
+        page = self.folder() / "page.html"
+        page.write_text(ELSEWHERE % (public.port("web"), plain.port("web")))
+        chromium = CHROMIUM.format(folder=page.parent)
+        _, out, _ = run([*chromium.split(), "--virtual-time-budget=5000", page.as_uri()])
+        readable, refused = (
+            "Happy and well\n; " * 2 + "refused; refused",
+            "; ".join(["refused"] * 4),
+        )
+        self.assertIn(readable + refused, "\n".join(out))
 
 
 # ================================================================================================
