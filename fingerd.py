@@ -874,7 +874,7 @@ def user_url(base: str, user: str) -> str:
 
 # Fault codes, from "Specification for Fault Code Interoperability" (Dan Libby, 2001).
 PARSE_ERROR, UNKNOWN_ENCODING, INVALID_REQUEST = -32700, -32701, -32600
-NO_METHOD, INVALID_PARAMS, FAULT_INSIDE, DENIED = -32601, -32602, -32603, -32500
+NO_METHOD, INVALID_PARAMS, DENIED = -32601, -32602, -32500
 _XML_ENCODING = re.compile(rb"(?:\xef\xbb\xbf)?<\?xml\s[^>]*?\bencoding\s*=\s*[\"']([^\"']*)")
 # Python remembers each name of an encoding that it looks up, so there must be few.
 XML_ENCODINGS = re.compile(
@@ -2466,6 +2466,15 @@ def choose_evicted(waiting: list[Connection], count: int) -> list[Connection]:
 # ---- servers -----------------------------------------------------------------------------------
 
 
+class Site(NamedTuple):
+    """What the servers work with."""
+
+    store: StatusStore
+    policy: Policy = Policy()
+    plans: Plans | None = None
+    refresh: Callable[[], object] = bool  # before a message is set
+
+
 class Server(socketserver.ThreadingTCPServer):
     """What the finger, setter and web servers share: a loop, and worker threads for long jobs.
 
@@ -2480,10 +2489,10 @@ class Server(socketserver.ThreadingTCPServer):
     ceiling = CONNECTIONS
     fault: Reply  # if `reply` or a job raises an exception
 
-    def __init__(self, listener: socket.socket) -> None:
+    def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener.getsockname(), socketserver.BaseRequestHandler, False)
         self.socket.close()
-        self.socket = listener
+        self.socket, self.site = listener, site
         listener.setblocking(False)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when a query is there, or after 1 s
@@ -2796,11 +2805,8 @@ class FingerServer(Server):
     name, seconds = "finger", FINGER_SECONDS
     fault = Reply([f"{INTERNAL_ERROR}\r\n".encode()], 0, close=True)
 
-    def __init__(
-        self, listener: socket.socket, store: StatusStore, policy: Policy, plans: Plans | None
-    ) -> None:
-        super().__init__(listener)
-        self.store, self.policy, self.plans = store, policy, plans
+    def __init__(self, listener: socket.socket, site: Site) -> None:
+        super().__init__(listener, site)
         self.lists: dict[FingerQuery, tuple[int, Reply]] = {}  # and the store's version, by form
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
@@ -2809,7 +2815,8 @@ class FingerServer(Server):
         if query is None:
             return None
         log.debug("finger: %s: %a", connection, query.user)
-        now = self.store.snapshot()
+        store, policy, plans, _ = self.site
+        now = store.snapshot()
         version, listed = self.lists.get(query, (0, None))
         if version == now.version:
             return listed
@@ -2817,14 +2824,14 @@ class FingerServer(Server):
         used = 0 if query.too_long else len(received)  # the rest of a long query is on its way
 
         def answer() -> Reply:
-            plan = self.plans.read(query.user) if self.plans and query.user else ""
-            text = finger_answer(now, query, self.policy, reached, plan)
+            plan = plans.read(query.user) if plans and query.user else ""
+            text = finger_answer(now, query, policy, reached, plan)
             reply = Reply([text.encode()], used, close=True)
             if not (query.user or query.host or query.too_long):
                 self.lists[query] = now.version, reply
             return reply
 
-        is_short = not self.plans if query.user else now.size() <= MAX_SHORT_LIST
+        is_short = not plans if query.user else now.size() <= MAX_SHORT_LIST
         return answer() if is_short or query.too_long else answer
 
 
@@ -2848,20 +2855,13 @@ def find_account(client: Any, server: Any) -> str:
 
 
 class SetterServer(Server):
-    """Sets a user's message for anyone who can connect, after `refresh` of the users file.
+    """Sets a user's message for anyone who can connect.
 
-    So the server sees an edit that was made before the message, and does not take it for a later
-    one.
+    The users file is refreshed before, so that an edit made earlier is not taken for a later one.
     """
 
     name, seconds = "setter", SETTER_SECONDS
     fault = Reply([f"ERROR {INTERNAL_ERROR}\r\n".encode()], 0, close=True)
-
-    def __init__(
-        self, listener: socket.socket, store: StatusStore, refresh: Callable[[], None]
-    ) -> None:
-        super().__init__(listener)
-        self.store, self.refresh = store, refresh
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
         """`ERROR` and the reason; or a job that keeps the message and answers `OK`."""
@@ -2879,7 +2879,7 @@ class SetterServer(Server):
             outcome = problem or ascii(setting.text)
             log.debug("setter: %s: %a: %s", connection, setting.user, outcome)
             ends = [plain_time(until)] if until and setting.text else []
-            ends += ["fingerd restarts"] if self.store.lost_at_restart else []
+            ends += ["fingerd restarts"] if self.site.store.lost_at_restart else []
             ok = f"OK until {' or '.join(ends)}" if ends else "OK"
             line = f"ERROR {problem}\r\n" if problem else f"{ok}\r\n"
             return Reply([line.encode()], len(received), close=True)
@@ -2894,8 +2894,8 @@ class SetterServer(Server):
         account = find_account(client, server)
         by = account or plain_address(client)
         try:
-            self.refresh()
-            user = self.store.set(setting.user, setting.text, by, until)
+            self.site.refresh()
+            user = self.site.store.set(setting.user, setting.text, by, until)
         except NotKept as problem:
             return str(problem)
         action = "set" if setting.text else "taken back"
@@ -2930,7 +2930,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> Page | Callable[[], Page]:
         """The page at the path."""
-        answers, plans = self.server.answers, self.server.plans
+        answers, plans = self.server.answers, self.server.site.plans
         if plans and self.path != "/":
             return lambda: answers.page(self.head, plans.read(path_user(self.path)))
         return self.list_page if answers.is_long(self.head) else answers.page(self.head)
@@ -2945,20 +2945,11 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> Page | Callable[[], Page]:
         """The answer to an XML-RPC call."""
         content_type = self.head.headers.get("content-type", "")
-        if len(self.body) > MAX_SHORT_CALL:
-            return lambda: self.rpc_page(parse_rpc_call(self.body, content_type))
-        call = parse_rpc_call(self.body, content_type)
-        is_long = self.server.rpc.is_long(call)
-        return (lambda: self.rpc_page(call)) if is_long else self.rpc_page(call)
-
-    def rpc_page(self, call: RpcCall) -> Page:
-        """The result of an XML-RPC call, or its fault, which says nothing about ours."""
-        try:
-            return self.server.rpc.page(call)
-        except Exception:
-            log.exception("web: %s", INTERNAL_ERROR)
-            fault = xmlrpc.client.Fault(FAULT_INSIDE, INTERNAL_ERROR)
-            return make_page(200, "text/xml", [xmlrpc.client.dumps(fault)])
+        rpc, body = self.server.rpc, self.body
+        if len(body) > MAX_SHORT_CALL:
+            return lambda: rpc.page(parse_rpc_call(body, content_type))
+        call = parse_rpc_call(body, content_type)
+        return functools.partial(rpc.page, call) if rpc.is_long(call) else rpc.page(call)
 
     def do_OPTIONS(self) -> Page:
         """The answer to a browser that asks for the page of another origin."""
@@ -2969,14 +2960,13 @@ class WebServer(Server):
     """Serves the pages, and XML-RPC at /RPC2."""
 
     name, seconds = "web", WEB_SECONDS
-    fault = Reply(web_response(HttpHead(500), error_page(500), time.time()), 0, close=True)
+    fault = Reply([format_http_head(500, {"Connection": "close", "Content-Length": "0"})], 0, True)
 
-    def __init__(
-        self, listener: socket.socket, store: StatusStore, policy: Policy, plans: Plans | None
-    ) -> None:
-        super().__init__(listener)
-        self.answers, self.plans = WebAnswers(store, policy), plans
-        self.rpc = RpcAnswers(store, policy, plans.read if plans else lambda _: "")
+    def __init__(self, listener: socket.socket, site: Site) -> None:
+        super().__init__(listener, site)
+        read_plan = site.plans.read if site.plans else lambda _: ""
+        self.answers = WebAnswers(site.store, site.policy)
+        self.rpc = RpcAnswers(site.store, site.policy, read_plan)
         self.listing = threading.Lock()  # held while a list of all users is made
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
@@ -4058,10 +4048,10 @@ def build_services(options: argparse.Namespace) -> Services:
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
     if path:
         restore_messages(store, path, is_default=not options.state)
+    site = Site(store, policy, plans, reloader.refresh)
+    kinds = FingerServer, SetterServer, WebServer
     servers: list[Server] = [
-        *(FingerServer(listener, store, policy, plans) for listener in listeners["finger"]),
-        *(SetterServer(listener, store, reloader.refresh) for listener in listeners["setter"]),
-        *(WebServer(listener, store, policy, plans) for listener in listeners["web"]),
+        kind(listener, site) for kind in kinds for listener in listeners[kind.name]
     ]
     return Services(store, reloader, Expirer(store), servers, bot)
 
