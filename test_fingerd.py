@@ -1840,7 +1840,7 @@ class UsersFileTest(Case):
             for _ in range(3):
                 self.reload()
                 self.reloader.look()
-            self.assertEqual(self.count("can be read again"), round_)
+            self.assertEqual(self.count("^INFO:.* can be read again"), round_)
 
     def test_bad_lines_are_logged_once_per_content(self) -> None:
         for text, logged in (
