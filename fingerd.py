@@ -105,7 +105,7 @@ MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 MAX_PLAN, MAX_PLAN_LINES = 65_536, 1_000  # bytes and lines of a plan; the rest is cut off
 PLAN_SECONDS = 0.4  # to read a plan, before the reply is sent without it
-LATE_PLANS = 16  # threads that hang in a read, before no plan is read any more
+LATE_PLANS = 16  # threads that hang as they read plans; then no more are started
 
 # The users file and the store.
 MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
@@ -414,9 +414,9 @@ def table_address(address: bytes, port: int) -> str:
 
 
 def find_owner(rows: Iterable[str], client: str, server: str) -> int | None:
-    """The uid of the socket of `client` that is connected to `server`, if a row has it.
+    """The uid of the socket that is connected from `client` to `server`, or None.
 
-    A row without an inode shows root as the owner, since its process has closed the socket.
+    A row without an inode shows root as the owner: the process has closed the socket.
     """
     states = "(?:01|04|05)"  # established, or closed in one direction
     row = re.compile(rf" *\d+: {client} {server} {states} \S+ \S+ \S+ +(\d+) +\d+ +[1-9]")
@@ -1470,11 +1470,11 @@ class StatusStore:
             log.warning("the state file: %s", problem)
 
     def set(self, user: str, text: str, by: str = "", until: float | None = None) -> str:
-        """Set the user's message, "" to take it back; returns once that is on disk and visible.
+        """Set the user's message, "" to take it back; returns the name in the store's spelling.
 
-        Returns the user's name as it is spelled here.
-        Raises NotKept, with nothing changed, if that is not possible. The first to queue up behind
-        the present commit makes the next one for all who have queued up by then.
+        It returns once the change is on disk and visible, and raises NotKept, with nothing
+        changed, if that is not possible. The first to queue up behind the present commit makes
+        the next one for all who have queued up by then.
         """
         order = _Order(user, text, by, until)
         with self._queueing:
@@ -2836,7 +2836,7 @@ class FingerServer(Server):
 
 
 def find_account(client: Any, server: Any) -> str:
-    """The account of a client on this machine, by the two addresses of a connection; else ""."""
+    """The account of the client on this machine with these addresses of its connection, or ""."""
     hosts = [plain_address(end).partition("%")[0] for end in (client, server)]
     tables = {"tcp6": hosts}
     if ":" not in hosts[0]:
