@@ -119,7 +119,7 @@ SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be fin
 EXPIRY_SECONDS = 1.0  # between looks for messages that have expired
 FETCH_SECONDS, MAX_REDIRECTS = 10.0, 5  # to get a users file from another server
 RELOAD_SECONDS = 0.1  # between two reloads that SIGHUPs ask for
-LOCKED_SECONDS = 0.4  # for a state file that is locked; a stop may have to wait for two of them
+LOCKED_SECONDS = 0.4  # for a state file that is locked; a set may wait for two of them
 
 # Connections, for each server.
 CONNECTIONS = 10_000  # at the same time; fewer if the process may not have as many descriptors
@@ -1203,7 +1203,10 @@ class StateFile:
             self._commit(messages, lines)
             self._failed = False
         except self.errors as problem:
-            self._opened.close()  # this also removes the failed commit from the log
+            # Parts of the failed commit may be in the log; the next start must not find them.
+            with contextlib.suppress(*self.errors):
+                self._reopen(before, is_same)
+                self._failed = False
             raise NotKept(f"could not be kept: {problem}") from None
 
     def _is_the_same(self) -> bool:
