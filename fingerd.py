@@ -1121,7 +1121,8 @@ class StateFile:
         except ImportError:
             raise NotKept(f"{path}: this Python has no sqlite3") from None
         self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-        self._path, self._failed = path, False
+        self._path = path
+        self.out_of_step = False  # whether the file may hold something else than the store
         try:
             self._open()
             found, self.lines = self._load()
@@ -1192,21 +1193,18 @@ class StateFile:
     ) -> None:
         """Put all these changes on disk, None to forget; or none, and NotKept says why.
 
-        If the file is not the one that was opened, or if the last write failed, it is opened again
-        and made to hold what was valid `before` first.
+        If the file is not the one that was opened, or if it is out of step, it is opened again and
+        made to hold what was valid `before` first.
         """
         try:
             is_same = self._is_the_same()
-            if self._failed or not is_same:
+            if self.out_of_step or not is_same:
                 self._reopen(before, is_same)
-            self._failed = True
             self._commit(messages, lines)
-            self._failed = False
         except self.errors as problem:
-            # Parts of the failed commit may be in the log; the next start must not find them.
-            with contextlib.suppress(*self.errors):
-                self._reopen(before, is_same)
-                self._failed = False
+            if self.out_of_step:  # the next start must not find parts of the commit in the log
+                with contextlib.suppress(*self.errors):
+                    self._reopen(before, is_same)
             raise NotKept(f"could not be kept: {problem}") from None
 
     def _is_the_same(self) -> bool:
@@ -1220,6 +1218,7 @@ class StateFile:
 
     def _reopen(self, before: Snapshot, is_same: bool) -> None:
         """Open the file that is there now, or a new one, and make it hold `before`, no more."""
+        self.out_of_step = True
         self._opened.close()
         for log_of_another in () if is_same else ("-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
@@ -1233,7 +1232,8 @@ class StateFile:
         self, messages: Mapping[str, Message | None], lines: Mapping[str, Line | None]
     ) -> None:
         """Carry these changes out in one transaction."""
-        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute("BEGIN IMMEDIATE")  # fails while another program writes
+        self.out_of_step = True
         for table, changes in {"messages": messages, "lines": lines}.items():
             for user, row in changes.items():
                 if row:
@@ -1242,6 +1242,7 @@ class StateFile:
                 else:
                     self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
         self._db.execute("COMMIT")
+        self.out_of_step = False
 
     def close(self) -> None:
         """Close the file; it needs no log beside it then."""
@@ -1466,10 +1467,12 @@ class StatusStore:
 
     def _forget(self, users: list[str], lines: Mapping[str, Line | None]) -> None:
         """Remove the messages of `users` from the disk, and keep the dates of `lines` there."""
+        if not self._state or not (users or lines):
+            return
         try:
-            if self._state and (users or lines):
-                self._state.write(dict.fromkeys(users), lines, self._now)
-        except NotKept as problem:  # the next write or start puts it right
+            self._state.write(dict.fromkeys(users), lines, self._now)
+        except NotKept as problem:
+            self._state.out_of_step = True  # the next write or start puts it right
             log.warning("the state file: %s", problem)
 
     def set(self, user: str, text: str, by: str = "", until: float | None = None) -> str:

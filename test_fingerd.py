@@ -1693,6 +1693,21 @@ class StateFileTest(Case):
             store.close()
             self.assertEqual(seen, {"moshez": text})
 
+    def test_a_message_that_could_not_be_removed_is_removed_later(self) -> None:
+        store = self.run_over(moshez="file")
+        store.set("moshez", "mine")
+        db = self.keep(sqlite3.connect(self.path, isolation_level=None))
+        db.execute("BEGIN IMMEDIATE")
+        with self.assertLogs("fingerd", "WARNING"):
+            store.replace_file({"moshez": "edited"}, 2000.0)
+        self.assertEqual(texts_of(store), {"moshez": "edited"})
+        db.execute("ROLLBACK")
+        store.set("guest", "here")
+        store.close()
+        store = self.run_over(moshez="file")
+        self.assertEqual(texts_of(store), {"moshez": "file", "guest": "here"})
+        store.close()
+
     def test_a_message_that_came_to_its_end_while_the_service_was_down(self) -> None:
         store, now = self.run_over(moshez="file"), time.time()
         store.set("moshez", "mine", until=now - 1)
