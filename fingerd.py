@@ -161,7 +161,7 @@ IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends
 IRC_ASKERS = 1_000  # user@hosts whose queries are counted
 IRC_QUOTED = 200  # characters of the server's words in a log line
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
-IRC_CONNECT_SECONDS, IRC_TLS_SECONDS = 15.0, 15.0  # for each address; for the handshake
+IRC_CONNECT_SECONDS = 15.0  # for each address, and for the TLS handshake
 IRC_REGISTER_SECONDS = 60.0  # for the registration, SASL included
 IRC_SILENCE_SECONDS, IRC_ANSWER_SECONDS = 90.0, 60.0  # before our PING; for the reply to it
 IRC_SETTLED_SECONDS = 60.0  # registered for this long, a connection counts as a success
@@ -937,9 +937,9 @@ IRC_REALNAME = "A bot, the finger service: send it a user's name"
 
 
 class IrcLine(NamedTuple):
-    """A parsed message. Tag values are kept as they were sent, escapes included."""
+    """A parsed message."""
 
-    tags: dict[str, str]
+    tags: str  # as they were sent
     source: str  # nick!user@host, or the name of a server
     command: str
     params: list[str]
@@ -969,8 +969,7 @@ def parse_irc_line(raw: bytes) -> IrcLine:
     command, *params = [word for word in head.split(" ") if word] or [""]
     if colon:
         params.append(trailing)
-    pairs = (tag.partition("=") for tag in tags.split(";") if tag)
-    return IrcLine({key: value for key, _, value in pairs}, source, command.upper(), params)
+    return IrcLine(tags, source, command.upper(), params)
 
 
 def format_irc_line(command: str, *params: str) -> bytes:
@@ -995,11 +994,6 @@ def is_person(source: str) -> bool:
     return not re.match(rf"[^!]*$|[*-]|{services}|[^!]*!~?fingerd@", source)
 
 
-def cut_bytes(text: str, size: int) -> str:
-    """The longest start of `text` that takes at most `size` bytes in UTF-8."""
-    return text.encode("utf-8", "replace")[: max(size, 0)].decode("utf-8", "ignore")
-
-
 def ctcp_reply(text: str) -> str:
     """The reply to a CTCP VERSION, PING or FINGER; "" for any other."""
     command, _, argument = text.strip("\x01").partition(" ")
@@ -1017,15 +1011,6 @@ def sasl_plain(account: str, password: str) -> list[str]:
     starts = range(0, len(secret) + 1, IRC_SASL_BYTES)
     # A full line means that another one follows, so "+" for nothing ends a series of full lines.
     return [secret[start : start + IRC_SASL_BYTES] or "+" for start in starts]
-
-
-def mask(text: str, secrets: set[str]) -> str:
-    """`text` with *** for each secret, and for each word of 8 or more characters inside one."""
-    words = re.findall(r"[\w+/=]{8,}", text)
-    pieces = {word for word in words if any(word in secret for secret in secrets)}
-    for secret in sorted(secrets | pieces, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text
 
 
 def reconnect_delay(attempt: int, jitter: float) -> float:
@@ -2069,19 +2054,19 @@ class IrcSession:
         self.options, self.store, self.report = options, store, report
         channels = map(IrcChannel, options.channels)
         self.channels = sorted(channels, key=lambda channel: not channel.key)  # as JOIN wants them
-        plain = options.account and not options.certificate
-        self.mechanism = "PLAIN" if plain else "EXTERNAL"
-        self.payload = sasl_plain(options.account, options.password) if plain else ["+"]
-        secrets = [options.password, *self.payload, "".join(self.payload)]
-        secrets += [channel.key for channel in self.channels]
-        self.secrets = {clean(secret) for secret in secrets} - {"", "+"}
-        self.now = self.started = self.heard = 0.0
+        self.payload: list[str] = []  # the parameters of AUTHENTICATE until we are logged in
+        if options.account and options.certificate:
+            self.payload = ["+"]
+        elif options.account:
+            self.payload = sasl_plain(options.account, options.password)
+        keys = [channel.key for channel in self.channels]
+        secrets = {clean(text) for text in (options.password, "".join(self.payload), *keys)}
+        self.secrets = secrets - {"", "+"}
+        self.now = self.deadline = 0.0
         self.registered = 0.0  # the time of registration; 0 before
-        self.pinged = 0.0  # the time of our PING; 0 if a line has arrived since
+        self.pinged = False  # if True, the deadline is that of the reply
         self.refused = False  # if True, an early retry could get us banned
-        self.logged_in = False
-        self.offered_caps: set[str] = set()  # the useful ones
-        self.nick = self.wanted_nick = options.nick
+        self.nick = options.nick
         endings = ("_", "__", nick_tail)
         self.other_nicks = [self.nick[: IRC_NICK_BYTES - len(end)] + end for end in endings]
         self.nick_due = math.inf  # the time to ask for the wanted nick again
@@ -2095,17 +2080,20 @@ class IrcSession:
 
     def begin(self, now: float) -> None:
         """Start the registration."""
-        self.now = self.started = now
-        if self.options.password and self.mechanism != "PLAIN":
+        self.now, self.deadline = now, now + IRC_REGISTER_SECONDS
+        if self.options.password and (self.options.certificate or not self.options.account):
             self.send("PASS", self.options.password)
-        self.send("CAP", "LS", "302")
+        self.send("CAP", "REQ", "message-tags")  # one of them marks bots
+        if self.payload:
+            self.send("CAP", "REQ", "sasl")
         self.send("NICK", self.nick)
         self.send("USER", "fingerd", "0", "*", IRC_REALNAME)
+        if not self.payload:
+            self.send("CAP", "END")
 
     def receive(self, raw: bytes, now: float) -> None:
         """Handle a line, which may contain anything."""
-        self.now = self.heard = now
-        self.pinged = 0.0
+        self.now = now
         line = parse_irc_line(raw)
         if "!" in line.source and self.is_me(line.nick):
             self.mask = line.source.partition("!")[2]
@@ -2114,15 +2102,18 @@ class IrcSession:
         handler = getattr(self, f"on_{line.command}", None)
         if handler:
             handler(line)
+        if self.registered:
+            self.pinged, self.deadline = False, now + IRC_SILENCE_SECONDS
 
     def tick(self, now: float) -> None:
         """Do what is due at `now`."""
         self.now = now
-        self.check_silence()
+        if now >= self.deadline:
+            self.check_silence()
         if now >= self.nick_due:
             self.nick_due = now + IRC_SILENCE_SECONDS
-            if not self.is_me(self.wanted_nick):
-                self.send("NICK", self.wanted_nick)
+            if not self.is_me(self.options.nick):
+                self.send("NICK", self.options.nick)
         if self.registered:
             self.join()
         # While lines wait, changes wait too: later they are one burst, not a longer queue.
@@ -2131,14 +2122,11 @@ class IrcSession:
 
     def check_silence(self) -> None:
         if not self.registered:
-            if self.now >= self.started + IRC_REGISTER_SECONDS:
-                raise IrcFailure("the registration takes too long")
-        elif self.pinged:
-            if self.now >= self.pinged + IRC_ANSWER_SECONDS:
-                raise IrcFailure("the server does not reply")
-        elif self.now >= self.heard + IRC_SILENCE_SECONDS:
-            self.pinged = self.now
-            self.send("PING", "fingerd")
+            raise IrcFailure("the registration takes too long")
+        if self.pinged:
+            raise IrcFailure("the server does not reply")
+        self.pinged, self.deadline = True, self.now + IRC_ANSWER_SECONDS
+        self.send("PING", "fingerd")
 
     def take(self, now: float) -> bytes:
         """The lines that may be sent now, at the pace of RFC 1459, section 8.10."""
@@ -2155,7 +2143,8 @@ class IrcSession:
         """Queue a text, cut to fit one line, without leading signs that command other bots."""
         rest = f":{self.nick}!{self.mask} {command} {target} :\r\n"
         text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
-        text = cut_bytes(text, IRC_LINE_BYTES - len(rest.encode()))
+        room = max(0, IRC_LINE_BYTES - len(rest.encode()))
+        text = text.encode()[:room].decode("utf-8", "ignore")
         if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
             self.send(command, target, text)
 
@@ -2171,8 +2160,13 @@ class IrcSession:
         return next((known for known in self.channels if self.fold(known.name) == name), None)
 
     def quote(self, *words: str) -> str:
-        """The first of the server's words for the log; secrets that it repeats are masked."""
-        return mask(clean(" ".join(words)), self.secrets)[:IRC_QUOTED]
+        """The server's words for the log, with *** for secrets, and for long parts of one."""
+        text = clean(" ".join(words))
+        parts = re.findall(r"[\w+/=]{8,}", text)
+        parts = [part for part in parts if any(part in secret for secret in self.secrets)]
+        for secret in sorted([*self.secrets, *parts], key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text[:IRC_QUOTED]
 
     def on_PING(self, line: IrcLine) -> None:
         self.queue.appendleft(format_irc_line("PONG", line.param(0)))
@@ -2181,42 +2175,19 @@ class IrcSession:
         raise IrcFailure(f"the server says: {self.quote(*line.params)}")
 
     def on_CAP(self, line: IrcLine) -> None:
-        """Negotiate. DEL needs no reply: all that it takes from us is the tag that marks bots."""
-        verb, caps = line.param(1), " ".join(line.params[2:]).split()
-        if verb == "LS":
-            self.choose_caps(caps)
-        elif verb == "NEW" and self.registered and "message-tags" in caps:
-            self.send("CAP", "REQ", "message-tags")
-        elif verb == "NAK" and "sasl" in caps:
+        reply = " ".join(line.params[1:]).split()
+        if reply == ["ACK", "sasl"]:
+            self.send("AUTHENTICATE", "EXTERNAL" if self.options.certificate else "PLAIN")
+        elif reply == ["NAK", "sasl"]:
             raise IrcFailure("the server refuses SASL")
-        elif verb == "ACK" and "sasl" in caps:
-            self.send("AUTHENTICATE", self.mechanism)
-        elif verb in ("ACK", "NAK") and not self.registered:
-            self.send("CAP", "END")
-
-    def choose_caps(self, caps: list[str]) -> None:
-        """Collect the capabilities that we use; request them after the last line, without a *."""
-        useful = {"message-tags", "sasl"} if self.options.account else {"message-tags"}
-        for cap in caps:
-            name, _, mechanisms = cap.partition("=")
-            if name in useful and (not mechanisms or self.mechanism in mechanisms):
-                self.offered_caps.add(name)
-        if caps[:1] == ["*"]:
-            return
-        if "sasl" in useful - self.offered_caps:
-            raise IrcFailure(f"the server offers no SASL {self.mechanism}")
-        if self.offered_caps:
-            self.send("CAP", "REQ", " ".join(sorted(self.offered_caps)))
-        else:
-            self.send("CAP", "END")
 
     def on_AUTHENTICATE(self, line: IrcLine) -> None:
-        if self.options.account and line.param(0) == "+":
+        if line.param(0) == "+":
             for chunk in self.payload:
                 self.send("AUTHENTICATE", chunk)
 
     def on_903(self, line: IrcLine) -> None:
-        self.logged_in = True
+        self.payload = []
         self.send("CAP", "END")
 
     def on_904(self, line: IrcLine) -> None:
@@ -2238,11 +2209,9 @@ class IrcSession:
     on_432 = on_436 = on_437 = on_433
 
     def on_001(self, line: IrcLine) -> None:
-        if self.options.account and not self.logged_in:
+        if self.payload:
             raise IrcFailure("the server has no SASL")
         self.nick = line.param(0)
-        if self.wanted_nick.startswith(self.nick):
-            self.wanted_nick = self.nick  # the server cut it, and would do so again
         self.registered = self.now
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
@@ -2256,15 +2225,8 @@ class IrcSession:
             key, _, value = token.partition("=")
             if key == "CASEMAPPING":
                 self.casemapping = value
-            elif key == "NICKLEN" and re.fullmatch("[1-9][0-9]{0,2}", value):
-                self.wanted_nick = self.wanted_nick[: int(value)]
             elif key == "BOT" and re.fullmatch("[A-Za-z]", value):
                 self.send("MODE", self.nick, f"+{value}")
-
-    def on_396(self, line: IrcLine) -> None:
-        """The server shows us to others with this host, or user@host, from now on."""
-        host = line.param(1).rpartition("@")[2]
-        self.mask = f"{self.mask.partition('@')[0]}@{host}"
 
     def on_NICK(self, line: IrcLine) -> None:
         if self.is_me(line.nick):
@@ -2325,13 +2287,11 @@ class IrcSession:
             channel.due = self.now
 
     def on_PRIVMSG(self, line: IrcLine) -> None:
-        """Reply to a person who writes to us, or in a channel that we have joined."""
+        """Reply to a person who writes to us or in one of our channels."""
         target, text = line.param(0), line.param(1)
         private, channel = self.is_me(target), self.channel(target)
-        is_bot = any(tag.rpartition("/")[2] == "bot" for tag in line.tags)
-        if is_bot or self.is_me(line.nick) or not is_person(line.source):
-            return
-        if not private and not (channel and channel.joined):
+        is_bot = re.search(r"(^|[;/])bot(=|;|$)", line.tags)
+        if is_bot or not is_person(line.source) or not (private or channel):
             return
         if text.startswith("\x01"):
             command, reply = "NOTICE", ctcp_reply(text) if private else ""
@@ -2371,11 +2331,10 @@ class IrcSession:
 
     def announce(self) -> None:
         """Tell the channels in a few lines which statuses have changed since the last call."""
-        changes = self.store.changes_after(self.version)
-        if not changes:
-            return
-        self.version = changes[-1].version
-        latest = {change.user: change.text for change in changes}
+        latest: dict[str, str] = {}
+        for change in self.store.changes_after(self.version):
+            self.version = change.version
+            latest[change.user] = change.text
         lines = [f"{user}: {text}" for user, text in latest.items()]
         if len(lines) > IRC_ANNOUNCED:
             lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
@@ -3145,7 +3104,6 @@ class UrlSource:
     """
 
     def __init__(self, url: str, copy: pathlib.Path | None) -> None:
-        importlib.import_module("encodings.idna")  # for look-ups, before privileges are dropped
         self._url, self._copy = url, copy
         self._conditions: dict[str, str] = {}  # headers that ask whether the list has changed
         self._last: UsersFile | None = None  # the list that `read` returned last
@@ -3438,7 +3396,6 @@ class IrcBot(threading.Thread):
         super().__init__(name="irc", daemon=True)
         self.options, self.store = options, store
         self.tls = irc_tls(options) if options.tls else None
-        importlib.import_module("encodings.idna")  # for look-ups, before privileges are dropped
         self.stopping = threading.Event()
 
     def stop(self) -> None:
@@ -3452,7 +3409,15 @@ class IrcBot(threading.Thread):
         failures, delay = 0, 0.0
         while not self.stopping.wait(delay):
             session = IrcSession(self.options, self.store, os.urandom(2).hex(), report)
-            problem = self.attempt(session)
+            try:
+                with self.connect() as sock:
+                    self.serve(sock, session)
+                return
+            except OSError as error:
+                problem = error.strerror or str(error)
+            except Exception:  # a fault of ours must not end the bot
+                log.exception("IRC: %s", INTERNAL_ERROR)
+                problem = INTERNAL_ERROR
             if 0 < session.registered <= time.monotonic() - IRC_SETTLED_SECONDS:
                 failures = 0
             if session.refused:
@@ -3462,33 +3427,18 @@ class IrcBot(threading.Thread):
             if not self.stopping.is_set():
                 log.warning("IRC: %s; next attempt in %.0f s", problem, delay)
 
-    def attempt(self, session: IrcSession) -> str:
-        """Connect and serve; return the reason of the end in one line."""
-        try:
-            with self.connect() as sock:
-                self.serve(sock, session)
-            return "stopped"
-        except OSError as problem:
-            return problem.strerror or str(problem)
-        except Exception:  # a fault of ours must not end the bot
-            log.exception("IRC: %s", INTERNAL_ERROR)
-            return INTERNAL_ERROR
-
     def connect(self) -> socket.socket:
         """A connection, with TLS if that is wanted, to the first address that accepts one."""
         host = self.options.host
         try:
-            sock = socket.create_connection((host, self.options.port), IRC_CONNECT_SECONDS)
+            plain = socket.create_connection((host, self.options.port), IRC_CONNECT_SECONDS)
         except (OSError, UnicodeError) as problem:
             raise IrcFailure(f"cannot connect to {host}: {problem}") from None
-        return self.secure(sock, self.tls) if self.tls else sock
-
-    def secure(self, plain: socket.socket, tls: ssl.SSLContext) -> socket.socket:
-        """TLS over `plain`; raises IrcFailure if that or the certificate is refused."""
-        plain.settimeout(IRC_TLS_SECONDS)
+        if not self.tls:
+            return plain
         try:
             with plain:  # wrap_socket detaches it, or it is of no more use
-                sock = tls.wrap_socket(plain, server_hostname=self.options.host)
+                sock = self.tls.wrap_socket(plain, server_hostname=host)
         except ssl.SSLCertVerificationError as problem:
             raise IrcFailure(f"bad certificate: {problem.verify_message}") from None
         except OSError as problem:
@@ -3501,7 +3451,7 @@ class IrcBot(threading.Thread):
         return sock
 
     def serve(self, sock: socket.socket, session: IrcSession) -> None:
-        """Exchange lines until told to stop; raises OSError if the connection ends earlier."""
+        """Exchange lines until told to stop; OSError if the connection ends earlier."""
         sock.settimeout(IRC_POLL_SECONDS)
         session.begin(time.monotonic())
         unread = b""
@@ -3516,8 +3466,7 @@ class IrcBot(threading.Thread):
                     session.receive(line, time.monotonic())
                 unread = unread[: IRC_TAGS_BYTES + IRC_LINE_BYTES]
             session.tick(time.monotonic())
-        if session.registered:
-            sock.sendall(format_irc_line("QUIT", "stopped"))
+        sock.sendall(format_irc_line("QUIT", "stopped"))
 
 
 # ---- the process -------------------------------------------------------------------------------
@@ -3694,7 +3643,7 @@ def drop_privileges(uid: int, gid: int) -> None:
 def import_what_is_lazy() -> None:
     """Import modules that are used late: without privileges they may be out of reach."""
     encodings = ("latin_1", "cp1252", "iso8859_15", "koi8_r")  # for XML that declares one
-    for name in ("sqlite3", *(f"encodings.{name}" for name in encodings)):
+    for name in ("sqlite3", "encodings.idna", *(f"encodings.{name}" for name in encodings)):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
