@@ -2466,6 +2466,9 @@ class WebTest(SharedCase):
         self.assertEqual(bodies, [b"Happy and well\n", b"alive\n"] * 20)
         (answer,) = responses(piecemeal(self.service.port("web"), request("/shawn?format=text")))
         self.assertEqual(answer.body, b"alive\n")
+        call = post(b"", "Transfer-Encoding: chunked") + chunked(CALL, 9)
+        (answer,) = responses(piecemeal(self.service.port("web"), call))
+        self.assertIn(b"Happy and well", answer.body)
 
     def test_a_stock_client_reuses_its_connection(self) -> None:
         client = http.client.HTTPConnection("127.0.0.1", self.service.port("web"), DEADLINE)
@@ -2492,13 +2495,15 @@ class WebTest(SharedCase):
             self.assertEqual(int(head.headers["content-length"]), len(got.body))
 
     def test_a_body_is_asked_for(self) -> None:
-        top, _, body = post(CALL, "Expect: 100-continue").partition(b"\r\n\r\n")
-        with connect(self.service.port("web"), top + b"\r\n\r\n") as sock:
-            self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
-            sock.sendall(body)
-            sock.shutdown(socket.SHUT_WR)
-            (answer,) = responses(read_all(sock))
-        self.assertIn(b"Happy and well", answer.body)
+        expect, coding = "Expect: 100-continue", "Transfer-Encoding: chunked"
+        for data in (post(CALL, expect), post(b"", expect, coding) + chunked(CALL, 99)):
+            top, _, body = data.partition(b"\r\n\r\n")
+            with connect(self.service.port("web"), top + b"\r\n\r\n") as sock:
+                self.assertEqual(sock.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+                sock.sendall(body)
+                sock.shutdown(socket.SHUT_WR)
+                (answer,) = responses(read_all(sock))
+            self.assertIn(b"Happy and well", answer.body)
 
     def test_a_body_is_not_asked_for_if_the_request_is_refused(self) -> None:
         rows = [
