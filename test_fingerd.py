@@ -6561,29 +6561,121 @@ class SurroundingsTest(Case):
 # ---- the rest of the top level -----------------------------------------------------------------
 
 
-class TopLevelTest(Case):
-    """README, Makefile, users.example."""
+def commands(block: str) -> list[tuple[str, str]]:
+    """The commands after `$ ` in a block of the README, and what each is said to print."""
+    found: list[tuple[str, str]] = []
+    for words, answer in re.findall(r"^\$ (.*\n)((?:(?!\$ ).*\n)*)", block, re.M):
+        while words.count('"') % 2:  # it goes on to the line that closes the quotation
+            line, _, answer = answer.partition("\n")
+            words += f"{line}\n"
+        found.append((words.rstrip("\n"), answer))
+    return found
 
-    def test_the_readme_has_every_option(self) -> None:
-        _, out, _ = run([*PROGRAM, "--help"], env={**os.environ, "COLUMNS": "100"})
-        options = re.findall(r"--[a-z-]+", "\n".join(out))
-        self.assertEqual([option for option in options if option not in README], [])
-        self.assertGreater(len(options), 15)
 
-    @needs("curl", "nc")
+def without_times(text: str) -> str:
+    """`text` with a T for each time, and without the line of a log that not every machine has."""
+    text = re.sub(r"T INFO \d+ descriptors.*\n", "", re.sub(TIME, "T", text))
+    return text.rstrip("\n")
+
+
+TIME = r"\d{4}-?\d\d-?\d\d[ T][\d:]+(,\d+)?"
+BLOCKS = re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)
+
+
+class ReadmeTest(Case):
+    """What the README shows is what happens, on other ports."""
+
+    def setUp(self) -> None:
+        self.at = self.folder()
+        for name in ("fingerd.py", "users.example", "Makefile"):
+            shutil.copy2(HERE / name, self.at)
+        self.irc = self.keep(socket.create_server(("127.0.0.1", 0)))
+        self.irc.settimeout(DEADLINE)
+        irc_port = self.irc.getsockname()[1]
+        self.replacements = {
+            **{port: str(free_port()) for port in ("7979", "1079", "8000")},
+            "127.0.0.1 --irc-plaintext": f"127.0.0.1:{irc_port} --irc-plaintext",
+            "finger moshez@localhost": "echo moshez | nc localhost 7979",
+        }
+
+    def adapted(self, text: str) -> str:
+        """`text` with our ports."""
+        for old, new in reversed(self.replacements.items()):
+            text = text.replace(old, new)
+        return text
+
+    def runs(self, words: str, answer: str) -> None:
+        """Run a command that ends by itself; checks what it prints."""
+        words = re.sub("^python3", sys.executable, words)
+        _, out, err = run(["sh", "-c", words], cwd=self.at)
+        self.assertEqual(without_times("\n".join(out)), without_times(answer), (words, err))
+
+    def serves(self, words: str, answer: str) -> subprocess.Popen[str]:
+        """Start a server; checks that it logs the answer's lines up to `ready`."""
+        words = re.sub("^python3", f"exec {sys.executable}", words)
+        more: Any = {"stderr": subprocess.PIPE, "text": True, "cwd": self.at}
+        process: Any = subprocess.Popen(["sh", "-c", words], **more)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        begin, ready, _ = answer.partition("INFO ready\n")
+        said = ""
+        while not said.endswith(ready):
+            said += process.stderr.readline() or self.fail(said)
+        self.assertEqual(without_times(said), without_times(begin + ready))
+        return process
+
+    def talks(self, process: Any, answer: str, chat: str) -> None:
+        """Let the bot have the conversation `chat`; checks it, and the rest of the bot's log."""
+        end = self.keep(IrcEnd(self.irc.accept()[0]))
+        end.register().hear("JOIN #team")
+        end.say(":fingerbot!~fingerd@host JOIN #team")
+        logged = answer.partition("INFO ready\n")[2]
+        said = "".join(process.stderr.readline() for _ in logged.splitlines())
+        self.assertEqual(without_times(said), without_times(logged))
+        for channel, speaker, text in re.findall("^(?:(#.*) )?<(.*)> (.*)$", chat, re.M):
+            if speaker == "ann":
+                end.say(f":ann!ann@host PRIVMSG {channel or 'fingerbot'} :{text}")
+                continue
+            if "Giving" in text:
+                message = text.replace(": ", "\n", 1) + "\n"
+                ask(int(self.replacements["1079"]), message.encode())
+            self.assertEqual(end.hear("PRIVMSG"), f"PRIVMSG {channel or 'ann'} :{text}")
+
+    @needs("curl", "make", "nc")
     def test_the_readmes_transcript_is_true(self) -> None:
-        service = self.launch((HERE / "users.example").read_text(encoding="utf-8"))
-        ports = {"7979": "finger", "1079": "setter", "8000": "web"}
-        tour = README[README.index("## Five minutes") : README.index("## The rules")]
-        session = re.findall(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ |```).*\n)*)", tour, re.M)
-        for words, answer in session[1:]:
-            for port, server in ports.items():
-                words = words.replace(port, str(service.port(server)))
-            words = re.sub(r"^> ", "", words, flags=re.M).replace("python3", sys.executable)
+        first, *tour = [block for block in BLOCKS if block.startswith("$ ")]
+        _, recipe, _ = run(["make", "-n", "run"], cwd=self.at)
+        server: Any = None
+        (chat,) = [block for block in BLOCKS if block.startswith("<ann>")]
+        blocks = [*tour[:3], first, *tour[3:]]  # moshez has no message then
+        for words, answer in itertools.chain(*map(commands, blocks)):
             with self.subTest(words):
-                _, said, _ = run(["sh", "-c", words])
-                both = ("\n".join(said), answer.rstrip("\n"))
-                self.assertEqual(*(re.sub(r"\d{4}-\d\d-\d\d[ T][\d:]+", "T", t) for t in both))
+                if words == "make run":
+                    words = "\n".join(recipe)
+                    self.assertEqual(answer[: len(words)], words)
+                    answer = answer[len(words) + 1 :]
+                words, answer = self.adapted(words), self.adapted(answer)
+                if not words.startswith("python3 fingerd.py"):
+                    self.runs(words, answer)
+                    continue
+                if server:
+                    server.terminate()
+                    server.wait()
+                server = self.serves(words, answer)
+                if "--irc" in words:
+                    self.talks(server, answer, chat)
+
+    def test_the_readme_has_the_help(self) -> None:
+        def plain(text: str) -> str:  # as each Python lays it out
+            return " ".join(text.replace("optional arguments:", "options:").split())
+
+        _, out, _ = run([*PROGRAM, "--help"], env={**os.environ, "COLUMNS": "80"})
+        self.assertIn(plain("\n".join(out)), [plain(block) for block in BLOCKS])
+
+
+class TopLevelTest(Case):
+    """Makefile, users.example."""
 
     @unittest.skipUnless(shutil.which("make"), "without make")
     def test_make_install_and_uninstall(self) -> None:
