@@ -2803,6 +2803,8 @@ class FingerServer(Server):
 def find_account(client: Any, server: Any) -> str:
     """The account of the client on this machine with these addresses of its connection, or ""."""
     hosts = [plain_address(end).partition("%")[0] for end in (client, server)]
+    if hosts[0] != hosts[1] and not hosts[0].startswith("127."):
+        return ""  # a remote client; it shall not cost a search of long tables
     tables = {"tcp6": hosts}
     if ":" not in hosts[0]:
         tables = {"tcp": hosts, "tcp6": [f"::ffff:{host}" for host in hosts]}

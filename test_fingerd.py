@@ -2174,6 +2174,8 @@ class SetterTest(SharedCase):
                 self.assertEqual(fingerd.find_account((peer[0], peer[1] ^ 1), own), "")
                 self.assertEqual(fingerd.find_account(peer, (own[0], own[1] ^ 1)), "")
                 other = "::2" if ":" in fingerd.plain_address(peer) else "127.0.0.2"
+                with mock.patch("builtins.open", side_effect=AssertionError):
+                    self.assertEqual(fingerd.find_account(("192.0.2.1", 1), own), "")
                 self.assertEqual(fingerd.find_account((other, peer[1]), own), "")
                 client.close()  # the row stays, but shows root instead of its owner
                 self.assertEqual(account(), "")
