@@ -1702,7 +1702,8 @@ class StateFileTest(Case):
             store.replace_file({"moshez": "edited"}, 2000.0)
         self.assertEqual(texts_of(store), {"moshez": "edited"})
         db.execute("ROLLBACK")
-        store.set("guest", "here")
+        with self.assertLogs("fingerd", "WARNING"):
+            store.set("guest", "here")
         store.close()
         store = self.run_over(moshez="file")
         self.assertEqual(texts_of(store), {"moshez": "file", "guest": "here"})
