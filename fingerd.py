@@ -1865,8 +1865,8 @@ def conditional_status(head: HttpHead, page: Page) -> int:
     return 304 if is_same else 200
 
 
-def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
-    """The response with `page` to the request `head` at the time `now`, in pieces."""
+def web_response(head: HttpHead, page: Page, now: float) -> tuple[int, list[bytes]]:
+    """The response with `page` to the request `head` at the time `now`: its status and pieces."""
     status = page.status
     if status == 200 and head.method != "POST":
         status = conditional_status(head, page)
@@ -1880,10 +1880,10 @@ def web_response(head: HttpHead, page: Page, now: float) -> list[bytes]:
         del headers["Content-Type"], headers["Content-Length"]
     top = format_http_head(status, headers)
     if head.method == "HEAD" or status == 304:
-        return [top]
+        return status, [top]
     if len(page.pieces) == 1 and len(page.pieces[0]) <= BLOCK_BYTES:
-        return [top + page.pieces[0]]
-    return [top, *page.pieces]  # which many responses share
+        return status, [top + page.pieces[0]]
+    return status, [top, *page.pieces]  # which many responses share
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -2954,9 +2954,8 @@ class WebServer(Server):
             head = head._replace(keep=False)
 
         def respond(page: Page) -> Reply:
-            pieces = web_response(head, page, time.time())
-            path = head.path[:MAX_NAME]
-            log.debug("web: %s: %s %a: %d", connection, head.method, path, page.status)
+            status, pieces = web_response(head, page, time.time())
+            log.debug("web: %s: %s %a: %d", connection, head.method, head.path[:MAX_NAME], status)
             return Reply(pieces, head.size + body.size, not head.keep)
 
         if refusal:

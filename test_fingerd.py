@@ -5278,6 +5278,7 @@ FORGERIES = [  # and what is logged of them
     ("web", f"GET /\x1b[31m\n2026 ERROR forged HTTP/1.1\r\nHost: {EVIL}\r\n\r\n", "400"),
     ("web", f"GET /é\x9b HTTP/1.1\r\nHost: x\r\nX: {EVIL}\r\n\r\n", "400"),
     ("web", "GET /evil\u202e\u2028\x9b\u00e9 HTTP/1.1\r\nHost: x\r\n\r\n", "evil.*404"),
+    ("web", "GET /shawn HTTP/1.1\r\nHost: x\r\nIf-None-Match: *\r\n\r\n", "shawn.*304"),
     ("web", f"{EVIL[1:5]} / HTTP/1.1\r\nHost: x\r\n\r\n", "400"),
 ]
 
