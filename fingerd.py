@@ -151,10 +151,7 @@ LOG_SECONDS = 0.5  # the wait for stderr to take these lines when the service st
 
 # IRC.
 IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # a line, and the tags before it (IRCv3)
-IRC_HOST_BYTES = 63  # assumed length of our own host name until the server shows it
-IRC_NICK_BYTES = 9  # nicks of this length are allowed everywhere (RFC 2812, section 1.2.1)
 IRC_CHANNELS_BYTES = 400  # all channels and keys with commas between, so that one JOIN holds them
-IRC_SASL_BYTES = 400  # base64 in one AUTHENTICATE
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
 IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends more is ignored
@@ -955,10 +952,7 @@ class IrcLine(NamedTuple):
 
 def parse_irc_line(raw: bytes) -> IrcLine:
     """Parse the bytes before an LF, whatever they are (RFC 2812, section 2.3.1; IRCv3 tags)."""
-    try:
-        text = raw.rstrip(b"\r").decode("utf-8")
-    except UnicodeDecodeError:
-        text = raw.rstrip(b"\r").decode("latin-1")
+    text = decode(raw.rstrip(b"\r"))
     tags = source = ""
     if text.startswith("@"):
         tags, _, text = text[1:].partition(" ")
@@ -1003,14 +997,6 @@ def ctcp_reply(text: str) -> str:
         "FINGER": IRC_REALNAME,
     }
     return f"\x01{command} {replies[command]}\x01" if command in replies else ""
-
-
-def sasl_plain(account: str, password: str) -> list[str]:
-    """The parameters of the AUTHENTICATE lines of a log-in (RFC 4616; IRCv3 SASL 3.1)."""
-    secret = base64.b64encode(f"\0{account}\0{password}".encode()).decode("ascii")
-    starts = range(0, len(secret) + 1, IRC_SASL_BYTES)
-    # A full line means that another one follows, so "+" for nothing ends a series of full lines.
-    return [secret[start : start + IRC_SASL_BYTES] or "+" for start in starts]
 
 
 def reconnect_delay(attempt: int, jitter: float) -> float:
@@ -2054,23 +2040,22 @@ class IrcSession:
         self.options, self.store, self.report = options, store, report
         channels = map(IrcChannel, options.channels)
         self.channels = sorted(channels, key=lambda channel: not channel.key)  # as JOIN wants them
-        self.payload: list[str] = []  # the parameters of AUTHENTICATE until we are logged in
-        if options.account and options.certificate:
-            self.payload = ["+"]
-        elif options.account:
-            self.payload = sasl_plain(options.account, options.password)
-        keys = [channel.key for channel in self.channels]
-        secrets = {clean(text) for text in (options.password, "".join(self.payload), *keys)}
-        self.secrets = secrets - {"", "+"}
+        self.payload = ""  # of AUTHENTICATE (RFC 4616); a certificate needs none
+        if options.account and not options.certificate:
+            secret = f"\0{options.account}\0{options.password}"
+            self.payload = base64.b64encode(secret.encode()).decode()
+        secrets = [options.password, self.payload, *(channel.key for channel in self.channels)]
+        self.secrets = {clean(secret) for secret in secrets} - {""}
+        self.logged_in = not options.account
         self.now = self.deadline = 0.0
         self.registered = 0.0  # the time of registration; 0 before
         self.pinged = False  # if True, the deadline is that of the reply
         self.refused = False  # if True, an early retry could get us banned
         self.nick = options.nick
         endings = ("_", "__", nick_tail)
-        self.other_nicks = [self.nick[: IRC_NICK_BYTES - len(end)] + end for end in endings]
+        self.other_nicks = [self.nick[: 9 - len(end)] + end for end in endings]  # RFC 2812, 1.2.1
         self.nick_due = math.inf  # the time to ask for the wanted nick again
-        self.mask = f"~fingerd@{'x' * IRC_HOST_BYTES}"  # our user@host; at first the longest one
+        self.mask = f"~fingerd@{'x' * 63}"  # our user@host; at first the longest one
         self.casemapping = "rfc1459"
         self.forwarded = False  # if True, our next JOIN may be for another channel
         self.version = 0  # the version of the store that was announced last
@@ -2084,11 +2069,11 @@ class IrcSession:
         if self.options.password and (self.options.certificate or not self.options.account):
             self.send("PASS", self.options.password)
         self.send("CAP", "REQ", "message-tags")  # one of them marks bots
-        if self.payload:
+        if not self.logged_in:
             self.send("CAP", "REQ", "sasl")
         self.send("NICK", self.nick)
         self.send("USER", "fingerd", "0", "*", IRC_REALNAME)
-        if not self.payload:
+        if self.logged_in:
             self.send("CAP", "END")
 
     def receive(self, raw: bytes, now: float) -> None:
@@ -2182,12 +2167,13 @@ class IrcSession:
             raise IrcFailure("the server refuses SASL")
 
     def on_AUTHENTICATE(self, line: IrcLine) -> None:
-        if line.param(0) == "+":
-            for chunk in self.payload:
-                self.send("AUTHENTICATE", chunk)
+        """Log in. After a line of 400 bytes another one follows, of "+" if nothing is left."""
+        if line.param(0) == "+" and not self.logged_in:
+            for start in range(0, len(self.payload) + 1, 400):
+                self.send("AUTHENTICATE", self.payload[start : start + 400] or "+")
 
     def on_903(self, line: IrcLine) -> None:
-        self.payload = []
+        self.logged_in = True
         self.send("CAP", "END")
 
     def on_904(self, line: IrcLine) -> None:
@@ -2209,7 +2195,7 @@ class IrcSession:
     on_432 = on_436 = on_437 = on_433
 
     def on_001(self, line: IrcLine) -> None:
-        if self.payload:
+        if not self.logged_in:
             raise IrcFailure("the server has no SASL")
         self.nick = line.param(0)
         self.registered = self.now
@@ -3760,16 +3746,14 @@ def irc_password(file_name: str | None) -> str:
     if not file_name:
         return os.environ.get("FINGERD_IRC_PASSWORD", "")
     try:
-        with open(file_name, encoding="utf-8") as file:
-            return file.readline().rstrip("\n")
+        return pathlib.Path(file_name).read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, UnicodeDecodeError) as problem:
         raise StartError(f"--irc-password-file: {problem}") from None
 
 
 def check_irc_options(irc: IrcOptions) -> None:
     """Raise StartError for the first wrong option; warn if nothing is encrypted."""
-    loopback = re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", irc.host)
-    exposed = not (irc.tls or loopback)
+    exposed = not irc.tls and not re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", irc.host)
     # A surrogate stands for a byte that is not UTF-8.
     secret = re.search("[\0\r\n\ud800-\udfff]", irc.account + irc.password)
     proof = irc.password or irc.certificate
