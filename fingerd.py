@@ -139,6 +139,7 @@ BACKLOG = 4_096  # connections that the kernel queues for us
 ACCEPT_BATCH = 64  # connections accepted before others are served
 LOOK_SECONDS = 0.5  # between looks for connections whose deadline has passed
 PAUSE_SECONDS = 0.05  # if no connection can be accepted for lack of descriptors
+SHUTDOWN_SECONDS = 0.1  # between looks of a server that tell whether it has to stop
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
 QUEUE_SECONDS = 1.0  # for the connections that the kernel has queued by then
 
@@ -2724,12 +2725,13 @@ class Server(socketserver.ThreadingTCPServer):
 
     # The end.
 
-    def stop(self, deadline: float) -> None:
-        """Answer the queries that have arrived, close the listener, and finish the replies begun.
+    def run(self) -> None:
+        """Serve until `shutdown`, then for STOP_SECONDS at the most.
 
-        Returns at `deadline` (time.monotonic()) at the latest.
+        Answer the queries that have arrived, close the listener, and finish the replies begun.
         """
-        self.shutdown()  # from here on, this thread is the loop
+        self.serve_forever(SHUTDOWN_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
         until = time.monotonic() + QUEUE_SECONDS
         self.look(0)
         while self.ready and time.monotonic() < until:
@@ -3385,11 +3387,6 @@ class IrcBot(threading.Thread):
         self.tls = irc_tls(options) if options.tls else None
         self.stopping = threading.Event()
 
-    def stop(self) -> None:
-        """Send QUIT if there is a connection. Wait for the end of the thread, but not for long."""
-        self.stopping.set()
-        self.join(STOP_SECONDS)
-
     def run(self) -> None:
         """Connect again and again. The back-off grows until a connection has settled."""
         report = functools.partial(log.info, "IRC: %s")
@@ -3946,17 +3943,9 @@ def make_policy(
     )
 
 
-class Services(NamedTuple):
-    """Everything that runs."""
-
-    store: StatusStore
-    reloader: Reloader
-    expirer: Expirer
-    servers: list[Server]
-    bot: IrcBot | None
-
-
-def build_services(options: argparse.Namespace) -> Services:
+def build_services(
+    options: argparse.Namespace,
+) -> tuple[StatusStore, Reloader, list[Server], IrcBot | None]:
     """Everything, ready to be started; StartError or NotKept where that cannot be.
 
     The order matters: ports need privileges, and so may the directory of the state file. Once
@@ -3993,60 +3982,15 @@ def build_services(options: argparse.Namespace) -> Services:
     servers: list[Server] = [
         kind(listener, site) for kind in kinds for listener in listeners[kind.name]
     ]
-    return Services(store, reloader, Expirer(store), servers, bot)
+    return store, reloader, servers, bot
 
 
-def start(services: Services) -> None:
-    """Start the threads of all services."""
-    sys.setswitchinterval(COMPUTING_SECONDS)
-    for server in services.servers:
-        threading.Thread(target=server.serve_forever, name=server.name, daemon=True).start()
-    services.reloader.start()
-    services.expirer.start()
-    if services.bot:
-        services.bot.start()
-    notify("READY=1")
-    log.info("ready")
-
-
-def stop(services: Services) -> None:
-    """Stop all services at the same time, and then close the store."""
-    notify("STOPPING=1")
-    services.reloader.cancel()
-    services.expirer.cancel()
-    deadline = time.monotonic() + STOP_SECONDS
-    stoppers = [
-        threading.Thread(target=server.stop, args=(deadline,)) for server in services.servers
-    ]
-    if services.bot:
-        stoppers.append(threading.Thread(target=services.bot.stop))
-    for stopper in stoppers:
-        stopper.start()
-    for stopper in stoppers:
-        stopper.join()
-    services.store.close()
-    log.info("stopped")
-
-
-def wait_for_the_end(services: Services) -> None:
-    """Stop on SIGTERM or SIGINT, reload on SIGHUP; a second signal ends the process at once."""
-    while signal.sigwait(SIGNALS) == signal.SIGHUP:
-        services.reloader.reload()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
-    stop(services)
-
-
-def raise_descriptor_limit() -> int:
-    """Raise the limit of open descriptors to the hard limit, and return it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+def limit_connections(servers: list[Server]) -> None:
+    """Raise the limit of open descriptors, and let the servers share them."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
-
-
-def limit_connections(servers: list[Server], descriptors: int) -> None:
-    """Let the servers share the descriptors that the process may have."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     share = max(1, (descriptors - SPARE_DESCRIPTORS) // max(1, len(servers)))
     if share < CONNECTIONS:
         log.info("%d descriptors: %d connections for each server", descriptors, share)
@@ -4055,17 +3999,39 @@ def limit_connections(servers: list[Server], descriptors: int) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the service until a signal ends it."""
-    descriptors = raise_descriptor_limit()
+    """Run the service until SIGTERM or SIGINT; a second signal ends the process at once."""
     try:
-        services = build_services(options)
+        store, reloader, servers, bot = build_services(options)
     except OSError as problem:
         raise StartError(f"cannot start: {problem.strerror or problem}") from None
-    limit_connections(services.servers, descriptors)
+    limit_connections(servers)
+    timers = reloader, Expirer(store)
+    threads = [threading.Thread(target=each.run, name=each.name, daemon=True) for each in servers]
+    threads += [bot] if bot else []
+
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads that are started later inherit it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process, like SIGTERM
-    start(services)
-    wait_for_the_end(services)
+    sys.setswitchinterval(COMPUTING_SECONDS)
+    for thread in (*threads, *timers):
+        thread.start()
+    notify("READY=1")
+    log.info("ready")
+    while signal.sigwait(SIGNALS) == signal.SIGHUP:
+        reloader.reload()
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
+    notify("STOPPING=1")
+    deadline = time.monotonic() + STOP_SECONDS
+    if bot:
+        bot.stopping.set()
+    for timer in timers:
+        timer.cancel()
+    for server in servers:
+        server.shutdown()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    store.close()
+    log.info("stopped")
 
 
 def main(arguments: list[str] | None = None) -> int:

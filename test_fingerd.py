@@ -510,10 +510,10 @@ class Case(unittest.TestCase):
         listener = fingerd.listen("finger", fingerd.Address("127.0.0.1", 0))
         server = type(kind.__name__, (kind,), limits)(listener, fingerd.Site(*arguments))
         server.port = listener.getsockname()[1]
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread = threading.Thread(target=server.run)
         thread.start()
         self.addCleanup(thread.join)
-        self.addCleanup(lambda: server.stop(time.monotonic() + fingerd.STOP_SECONDS))
+        self.addCleanup(server.shutdown)
         return server
 
     def folder(self) -> pathlib.Path:
@@ -3584,7 +3584,8 @@ class IrcCase(Case):
 
     def stop_bot(self, bot: Any) -> None:
         """Stop the bot, which has to end in STOP_SECONDS."""
-        bot.stop()
+        bot.stopping.set()
+        bot.join(fingerd.STOP_SECONDS)
         self.assertFalse(bot.is_alive())
 
 
@@ -4156,11 +4157,9 @@ class FakeServerTest(FakeServerCase):
         end = self.accept().register()
         end.say(":ann!b@c PRIVMSG fingerbot :moshez")
         self.assertEqual(end.hear("PRIVMSG"), "PRIVMSG ann :moshez: Happy and well")
-        stopping = threading.Thread(target=bot.stop)
-        stopping.start()
+        bot.stopping.set()
         end.hear("QUIT")
         end.close()
-        stopping.join()
 
     def test_lines_may_come_in_any_pieces(self) -> None:
         self.start_bot(self.port)
@@ -5322,8 +5321,10 @@ class ConnectionTest(Case):
 
     def end(self) -> None:
         self.lines.go.set()
-        threading.Thread(target=self.lines.serve_forever).start()
-        self.lines.stop(time.monotonic() + DEADLINE)
+        loop = threading.Thread(target=self.lines.run)
+        loop.start()
+        self.lines.shutdown()
+        loop.join()
 
     def turn(self, seconds: float = 0.0) -> None:
         """One turn of the loop; wait for events for so long at the most."""
