@@ -130,8 +130,8 @@ SETTER_SECONDS = 60.0  # for a setting
 WEB_SECONDS = 15.0  # for a request, with the idle time before it
 SEND_SECONDS = 10.0  # for a client to take a reply, and a second more for SLOWEST_READER bytes
 SLOWEST_READER = 100_000
-READERS = 256  # clients that may take a reply slowly; of more, one that stalls is evicted
-STALL_SECONDS = 1.0  # without taking anything
+HEAVY = 256  # connections that hold a long request or reply in part; others are light
+STALL_SECONDS = 1.0  # of a stop in one of them, before it is evicted if there are more
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
 BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
@@ -2450,7 +2450,7 @@ class Server(socketserver.ThreadingTCPServer):
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when a query is there, or after 1 s
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         self.connections: dict[Connection, None] = {}  # that had to wait; the longest idle first
-        self.readers: dict[Connection, float] = {}  # with an unsent reply; when it last moved on
+        self.heavy: dict[Connection, float] = {}  # and when they last moved on; that first
         self.ready: collections.deque[Connection] = collections.deque()
         self.jobs: collections.deque[Connection] = collections.deque()  # that have no worker yet
         self.workers = 0
@@ -2527,7 +2527,7 @@ class Server(socketserver.ThreadingTCPServer):
         if connection.events:
             self.selector.unregister(connection.sock)
         self.connections.pop(connection, None)
-        self.readers.pop(connection, None)
+        self.heavy.pop(connection, None)
         connection.state = CLOSED
         connection.sock.close()
 
@@ -2571,6 +2571,13 @@ class Server(socketserver.ThreadingTCPServer):
         elif connection.events != events:
             self.selector.modify(connection.sock, events, connection)
         connection.events = events
+        self.heavy.pop(connection, None)
+        if connection.unsent or len(connection.received) > RECEIVE_BYTES:
+            self.heavy[connection] = time.monotonic()
+            slowest, since = next(iter(self.heavy.items()))
+            has_stalled = since < time.monotonic() - STALL_SECONDS
+            if len(self.heavy) > (HEAVY if has_stalled else 4 * HEAVY):
+                self.shutdown_request(slowest)
 
     def keep(self, connection: Connection) -> None:
         """Count a connection as one that waits or works; evict others if there are too many."""
@@ -2642,26 +2649,16 @@ class Server(socketserver.ThreadingTCPServer):
             sent = 0
         if sent < len(piece):
             connection.unsent.insert(0, memoryview(piece)[sent:])
-        if connection.unsent:
-            self.wait_for_reader(connection)
-        else:
+        if not connection.unsent:
             self.end_reply(connection)
-
-    def wait_for_reader(self, connection: Connection) -> None:
-        """Wait until the client takes more of a reply; but not for too many that take nothing."""
-        now = time.monotonic()
-        if self.readers.pop(connection, None) is None:
+            return
+        if reply:
             size = sum(map(len, connection.unsent))
-            connection.deadline = now + SEND_SECONDS + size / SLOWEST_READER
-        self.readers[connection] = now
-        slowest, since = next(iter(self.readers.items()))
-        if len(self.readers) > READERS and since < now - STALL_SECONDS:
-            self.shutdown_request(slowest)
+            connection.deadline = time.monotonic() + SEND_SECONDS + size / SLOWEST_READER
         self.wait(connection, selectors.EVENT_WRITE)
 
     def end_reply(self, connection: Connection) -> None:
         """Wait for the next request; after the last reply, close."""
-        self.readers.pop(connection, None)
         if not connection.closing:
             connection.deadline = time.monotonic() + self.seconds
             self.connections.pop(connection, None)  # to be the last one there: it is not idle

@@ -5429,21 +5429,27 @@ class ConnectionTest(Case):
 
     def test_a_reply_that_is_taken_slowly(self) -> None:
         sock = self.client(b"long\nnext\n")
-        until(lambda: self.turn() or self.lines.readers)
+        until(lambda: self.turn() or self.lines.heavy)
         self.assertEqual(self.states(), ["waiting"])
         self.reads(sock, b"x" * 9_000_000 + b"\nnext\n")
-        self.assertEqual(len(self.lines.readers), 0)
+        self.assertEqual(len(self.lines.heavy), 0)
         (connection,) = self.lines.connections
         self.assertGreater(connection.deadline, time.monotonic() + 50, "the time of a new request")
 
     def test_many_slow_readers_give_way(self) -> None:
-        self.patch(READERS=2, STALL_SECONDS=0.05)
+        self.patch(HEAVY=2, STALL_SECONDS=0.05)
         socks = [self.client(b"long\n") for _ in range(3)]
-        until(lambda: self.turn() or len(self.lines.readers) == 3)
-        until(lambda: self.turn(0.05) or max(self.lines.readers.values()) < time.monotonic() - 0.05)
+        until(lambda: self.turn() or len(self.lines.heavy) == 3)
+        until(lambda: self.turn(0.05) or max(self.lines.heavy.values()) < time.monotonic() - 0.05)
         socks.append(self.client(b"long\n"))
-        until(lambda: self.turn() or (len(self.lines.readers), len(self.states())) == (3, 3))
+        until(lambda: self.turn() or (len(self.lines.heavy), len(self.states())) == (3, 3))
         self.reads(socks[-1], b"x" * 9_000_000 + b"\n")
+
+    def test_many_long_requests_in_part_give_way(self) -> None:
+        self.patch(HEAVY=2, RECEIVE_BYTES=10)
+        socks = [self.client(b"x" * 20) for _ in range(9)]
+        until(lambda: self.turn() or len(self.states()) == 8)
+        self.closed(socks[0])
 
     def test_the_longest_idle_of_the_largest_network_is_evicted(self) -> None:
         self.lines.ceiling = 3
