@@ -976,13 +976,6 @@ def format_irc_line(command: str, *params: str) -> bytes:
     return line.encode("utf-8", "replace") + b"\r\n"
 
 
-def fold_irc(name: str, casemapping: str) -> str:
-    """A nick or channel in lower case; an unknown mapping counts as rfc1459."""
-    beside_letters = {"ascii": 0, "rfc1459-strict": 3}.get(casemapping, 4)
-    upper, lower = "[]\\~"[:beside_letters], "{}|^"[:beside_letters]
-    return name.lower().translate(str.maketrans(upper, lower))
-
-
 def is_person(source: str) -> bool:
     """False for servers, bouncers (`*status`), network services and other fingerds."""
     services = r"[^!]*Serv!|[^!]*!c?services?@|[^@]*@(services|CServe)\."
@@ -2039,13 +2032,12 @@ class IrcSession:
         self, options: IrcOptions, store: StatusStore, nick_tail: str, report: Callable[[str], None]
     ) -> None:
         self.options, self.store, self.report = options, store, report
-        channels = map(IrcChannel, options.channels)
-        self.channels = sorted(channels, key=lambda channel: not channel.key)  # as JOIN wants them
+        self.channels = {c.name.lower(): c for c in map(IrcChannel, options.channels)}
         self.payload = ""  # of AUTHENTICATE (RFC 4616); a certificate needs none
         if options.account and not options.certificate:
             secret = f"\0{options.account}\0{options.password}"
             self.payload = base64.b64encode(secret.encode()).decode()
-        secrets = [options.password, self.payload, *(channel.key for channel in self.channels)]
+        secrets = [options.password, self.payload, *(c.key for c in self.channels.values())]
         self.secrets = {clean(secret) for secret in secrets} - {""}
         self.logged_in = not options.account
         self.now = self.deadline = 0.0
@@ -2057,7 +2049,6 @@ class IrcSession:
         self.other_nicks = [self.nick[: 9 - len(end)] + end for end in endings]  # RFC 2812, 1.2.1
         self.nick_due = math.inf  # the time to ask for the wanted nick again
         self.mask = f"~fingerd@{'x' * 63}"  # our user@host; at first the longest one
-        self.casemapping = "rfc1459"
         self.forwarded = False  # if True, our next JOIN may be for another channel
         self.version = 0  # the version of the store that was announced last
         self.askers: dict[str, tuple[int, float]] = {}  # user@host: queries, end of the count
@@ -2103,7 +2094,7 @@ class IrcSession:
         if self.registered:
             self.join()
         # While lines wait, changes wait too: later they are one burst, not a longer queue.
-        if any(channel.joined for channel in self.channels) and not self.queue:
+        if any(channel.joined for channel in self.channels.values()) and not self.queue:
             self.announce()
 
     def check_silence(self) -> None:
@@ -2134,16 +2125,11 @@ class IrcSession:
         if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
             self.send(command, target, text)
 
-    def fold(self, name: str) -> str:
-        return fold_irc(name, self.casemapping)
-
     def is_me(self, nick: str) -> bool:
-        return self.fold(nick) == self.fold(self.nick)
+        return nick.lower() == self.nick.lower()
 
     def channel(self, name: str) -> IrcChannel | None:
-        """The configured channel of this name."""
-        name = self.fold(name)
-        return next((known for known in self.channels if self.fold(known.name) == name), None)
+        return self.channels.get(name.lower())
 
     def quote(self, *words: str) -> str:
         """The server's words for the log, with *** for secrets, and for long parts of one."""
@@ -2203,17 +2189,14 @@ class IrcSession:
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
         self.report(f"registered as {self.quote(self.nick)}")
-        for channel in self.channels:  # a bouncer may have connected to its server again
+        for channel in self.channels.values():  # a bouncer may have connected to its server again
             channel.joined, channel.due = False, self.now
         self.join()
 
     def on_005(self, line: IrcLine) -> None:
         for token in line.params[1:]:
-            key, _, value = token.partition("=")
-            if key == "CASEMAPPING":
-                self.casemapping = value
-            elif key == "BOT" and re.fullmatch("[A-Za-z]", value):
-                self.send("MODE", self.nick, f"+{value}")
+            if re.fullmatch("BOT=[A-Za-z]", token):  # the mode that marks bots
+                self.send("MODE", self.nick, f"+{token[-1]}")
 
     def on_NICK(self, line: IrcLine) -> None:
         if self.is_me(line.nick):
@@ -2221,7 +2204,8 @@ class IrcSession:
 
     def join(self) -> None:
         """Ask for the channels that are due, those with a key first."""
-        due = [c for c in self.channels if not c.joined and c.due <= self.now]
+        due = [c for c in self.channels.values() if not c.joined and c.due <= self.now]
+        due.sort(key=lambda channel: not channel.key)
         for channel in due:
             channel.due = self.now + channel.pause
             channel.pause = min(2 * channel.pause, IRC_LONGEST_RETRY_SECONDS)
@@ -2326,7 +2310,7 @@ class IrcSession:
         if len(lines) > IRC_ANNOUNCED:
             lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
         for line in lines:
-            for channel in self.channels:
+            for channel in self.channels.values():
                 if channel.joined:
                     self.say("PRIVMSG", channel.name, line)
 
