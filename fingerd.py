@@ -3440,22 +3440,20 @@ class IrcBot(threading.Thread):
 class FloodFilter(logging.Filter):
     """Limits the log lines that clients can cause: FLOOD_LINES of a kind in FLOOD_SECONDS."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._counts: dict[tuple[str, str], int] = {}  # by the line's format and account
-        self._ends = 0.0
+    _ends = 0.0  # of the period that is counted
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to write the line; the last one that is written says that more are omitted."""
         if record.levelno < logging.INFO:
             return True
         if time.monotonic() >= self._ends:
-            self._counts, self._ends = {}, time.monotonic() + FLOOD_SECONDS
+            self._ends = time.monotonic() + FLOOD_SECONDS
+            self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
         kind = record.msg, getattr(record, "account", "")  # one account leaves room for others
-        count = self._counts[kind] = self._counts.get(kind, 0) + 1
-        if count == FLOOD_LINES:
+        self._counts[kind] += 1
+        if self._counts[kind] == FLOOD_LINES:
             record.msg += " (more like this are not logged for a while)"
-        return count <= FLOOD_LINES
+        return self._counts[kind] <= FLOOD_LINES
 
 
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
@@ -3470,10 +3468,9 @@ def is_journal() -> bool:
 
 
 class JournalFormatter(logging.Formatter):
-    """Formats lines for the journal: a priority, as in sd-daemon(3), in the place of the time."""
+    """Begins each line with a priority, as in sd-daemon(3); the journal adds the time."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message, and the lines of the traceback if there is one."""
         priority = {"DEBUG": "<7>", "INFO": "<6>", "WARNING": "<4>"}.get(record.levelname, "<3>")
         return priority + super().format(record).replace("\n", f"\n{priority}")
 
@@ -3501,13 +3498,10 @@ class LogWriter(logging.Handler):
             self._dropped += 1
 
     def _write(self) -> None:
-        """Write the lines, until `close` puts None behind them."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for line in iter(self._lines.get, None):
-            data = (line + "\n").encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError):
-                while data:
-                    data = data[os.write(self._descriptor, data) :]
+                os.write(self._descriptor, f"{line}\n".encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
         """End the log: wait for the queued lines to be written, but only twice LOG_SECONDS."""
@@ -3533,14 +3527,13 @@ class Address(NamedTuple):
 
 def listen(name: str, address: Address) -> socket.socket:
     """A listening socket for the server `name`, without a host for both IPv4 and IPv6."""
-    host, port = address
+    both = not address.host and socket.has_dualstack_ipv6()
+    host = address.host or ("::" if both else "0.0.0.0")
     try:
-        if not host and socket.has_dualstack_ipv6():
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
-            )
-        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        family = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server(
+            (host, address.port), family=family, backlog=BACKLOG, dualstack_ipv6=both
+        )
     except (OSError, UnicodeError) as problem:
         number = getattr(problem, "errno", None) or 0
         words = os.strerror(number) if number > 0 else problem
@@ -3555,13 +3548,9 @@ def inherited_listeners(environ: Mapping[str, str]) -> dict[str, list[socket.soc
     for number, name in enumerate(environ.get("LISTEN_FDNAMES", "").split(":"), 3):
         if name not in DEFAULT_ADDRESSES:
             raise StartError(f"LISTEN_FDNAMES: {name!a} is none of {', '.join(DEFAULT_ADDRESSES)}")
-        try:
-            listener = socket.socket(fileno=number)
-        except OSError as problem:
-            raise StartError(f"LISTEN_FDS: {name}: {problem.strerror}") from None
+        listener = socket.socket(fileno=number)
         if listener.family == socket.AF_UNIX or listener.type != socket.SOCK_STREAM:
             raise StartError(f"LISTEN_FDS: {name}: not a TCP socket")
-        listener.set_inheritable(False)
         listeners.setdefault(name, []).append(listener)
     return listeners
 
@@ -3595,22 +3584,18 @@ def describe_account(uid: int) -> str:
 
 
 def drop_privileges(uid: int, gid: int) -> None:
-    """Change to this user and group for good; groups first, since only root can change them."""
+    """Change to this user and group for good."""
+    for name in ("idna", "latin_1", "cp1252", "iso8859_15", "koi8_r"):
+        importlib.import_module(f"encodings.{name}")  # now: later it may be out of reach
+    with contextlib.suppress(ImportError):
+        importlib.import_module("sqlite3")
     with contextlib.suppress(OSError, OverflowError):  # the result is checked below
-        os.setgroups([])
+        os.setgroups([])  # first, since only root can change them
         os.setgid(gid)
         os.setuid(uid)
     ids = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}, os.getgroups()
     if ids != ({uid}, {gid}, []):
         raise StartError(f"--run-as: cannot become uid {uid}, gid {gid}")
-
-
-def import_what_is_lazy() -> None:
-    """Import modules that are used late: without privileges they may be out of reach."""
-    encodings = ("latin_1", "cp1252", "iso8859_15", "koi8_r")  # for XML that declares one
-    for name in ("sqlite3", "encodings.idna", *(f"encodings.{name}" for name in encodings)):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
 
 
 def is_url(users: str) -> bool:
@@ -3636,23 +3621,6 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
             return
 
 
-def state_folder(folder: pathlib.Path, make: bool, owner: tuple[int, int] | None) -> pathlib.Path:
-    """The state file's directory without symbolic links; StartError if others can write to it.
-
-    Made for `owner` if it is missing and `make`. Root does nothing inside it.
-    """
-    folder = pathlib.Path(os.path.realpath(folder))
-    if make and not os.path.exists(folder):
-        refuse_shared(folder.parent, os.geteuid())
-        with contextlib.suppress(OSError):  # a failure shows when the file is opened
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(0o700)
-            if owner:
-                os.chown(folder, *owner, follow_symlinks=False)
-    refuse_shared(folder, owner[0] if owner else os.geteuid())
-    return folder
-
-
 def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -> None:
     """Connect the store to its state file; StartError if the file cannot be used.
 
@@ -3660,6 +3628,7 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
     """
     try:
         store.restore(StateFile(path))
+        log.info("state: %s, %d messages", path, len(store.snapshot().messages))
     except NotKept as problem:
         if not is_default or os.path.lexists(path):
             remedy = f"repair it, move it away, or give it and its directory to uid {os.geteuid()}"
@@ -3668,8 +3637,6 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
             raise StartError(f"{problem}; {remedy} (see --state)") from None
         store.lost_at_restart = True
         log.warning("messages will be lost when fingerd ends: %s", problem)
-    else:
-        log.info("state: %s, %d messages", path, len(store.snapshot().messages))
 
 
 # ================================================================================================
@@ -3893,34 +3860,47 @@ def bind(options: argparse.Namespace) -> dict[str, list[socket.socket]]:
     return listeners
 
 
-def state_path(options: argparse.Namespace, root: bool) -> pathlib.Path | None:
-    """Where the state file lies, None for nowhere."""
-    if options.state:
-        return None if options.state == "off" else pathlib.Path(options.state)
+def state_path(options: argparse.Namespace, owner: tuple[int, int] | None) -> pathlib.Path | None:
+    """Where the state file lies, None for nowhere; StartError if others can write to its directory.
+
+    The default directory is made, for `owner`, if it is missing. Root does nothing inside it.
+    """
+    if options.state == "off":
+        return None
     users = options.users if is_url(options.users) else str(pathlib.Path(options.users).absolute())
     name = re.sub(r"[][]", "", users.strip("/").replace("/", "-")) + ".db"
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    folder = "/var/lib/fingerd" if root else f"{home}/fingerd"
-    return pathlib.Path(os.environ.get("STATE_DIRECTORY", "").split(":")[0] or folder, name)
+    default = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    default = default or ("/var/lib/fingerd" if owner else f"{home}/fingerd")
+    path = pathlib.Path(options.state or f"{default}/{name}")
+    folder = pathlib.Path(os.path.realpath(path.parent))
+    if not options.state and not os.path.exists(folder):
+        refuse_shared(folder.parent, os.geteuid())
+        with contextlib.suppress(OSError):  # a failure shows when the file is opened
+            folder.mkdir(0o700, parents=True)
+            if owner:
+                os.chown(folder, *owner, follow_symlinks=False)
+    refuse_shared(folder, owner[0] if owner else os.geteuid())
+    return folder / path.name
 
 
 def make_policy(
     options: argparse.Namespace, listeners: Mapping[str, list[socket.socket]]
 ) -> Policy:
     """The part of the options that decides answers."""
-    own, ports = socket.gethostname(), {"finger": 0, "setter": 0}
-    ports.update((name, some[0].getsockname()[1]) for name, some in listeners.items() if some)
-    public = urllib.parse.urlsplit(options.public_url).hostname if options.public_url else None
-    named = f"finger://{options.hostname[0]}/" if options.hostname else ""
-    names = ["localhost", own, own.partition(".")[0], public or own, *options.hostname]
+    ports = {name: some[0].getsockname()[1] for name, some in listeners.items() if some}
+    own, named = socket.gethostname(), options.hostname[0] if options.hostname else ""
+    url = options.public_url or ""
+    public = urllib.parse.urlsplit(url).hostname or own
+    names = ["localhost", own, own.partition(".")[0], public, *options.hostname]
     return Policy(
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
-        finger_host=options.hostname[0] if options.hostname else public or own,
-        finger_port=ports["finger"],
-        setter_port=ports["setter"],
-        public_url=options.public_url or "",
-        feed_root=options.public_url or named or Policy().feed_root,
+        finger_host=named or public,
+        finger_port=ports.get("finger", 0),
+        setter_port=ports.get("setter", 0),
+        public_url=url,
+        feed_root=url or (named and f"finger://{named}/") or Policy().feed_root,
     )
 
 
@@ -3938,13 +3918,10 @@ def build_services(
         raise StartError("--run-as: only root can become somebody else")
     listeners, irc = bind(options), irc_options(options)
     policy = make_policy(options, listeners)
-    path, store = state_path(options, bool(identity)), StatusStore()
-    if path:
-        path = state_folder(path.parent, not options.state, identity) / path.name
+    path, store = state_path(options, identity), StatusStore()
     bot = IrcBot(irc, store) if irc else None
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
-        import_what_is_lazy()
         drop_privileges(*identity)
     try:
         reloader.load()
