@@ -931,8 +931,6 @@ def parse_rpc_call(body: bytes, content_type: str = "") -> RpcCall:
 
 # ---- IRC (RFC 2812, modern.ircdocs.horse, IRCv3) ---------------------------------------------
 
-IRC_REALNAME = "A bot, the finger service: send it a user's name"
-
 
 class IrcLine(NamedTuple):
     """A parsed message."""
@@ -980,17 +978,6 @@ def is_person(source: str) -> bool:
     """False for servers, bouncers (`*status`), network services and other fingerds."""
     services = r"[^!]*Serv!|[^!]*!c?services?@|[^@]*@(services|CServe)\."
     return not re.match(rf"[^!]*$|[*-]|{services}|[^!]*!~?fingerd@", source)
-
-
-def ctcp_reply(text: str) -> str:
-    """The reply to a CTCP VERSION, PING or FINGER; "" for any other."""
-    command, _, argument = text.strip("\x01").partition(" ")
-    replies = {
-        "VERSION": f"fingerd {__version__}",
-        "PING": clean(argument)[:MAX_NAME],
-        "FINGER": IRC_REALNAME,
-    }
-    return f"\x01{command} {replies[command]}\x01" if command in replies else ""
 
 
 def reconnect_delay(attempt: int, jitter: float) -> float:
@@ -2064,7 +2051,7 @@ class IrcSession:
         if not self.logged_in:
             self.send("CAP", "REQ", "sasl")
         self.send("NICK", self.nick)
-        self.send("USER", "fingerd", "0", "*", IRC_REALNAME)
+        self.send("USER", "fingerd", "0", "*", "A bot, the finger service: send it a user's name")
         if self.logged_in:
             self.send("CAP", "END")
 
@@ -2116,14 +2103,14 @@ class IrcSession:
     def send(self, command: str, *params: str) -> None:
         self.queue.append(format_irc_line(command, *params))
 
-    def say(self, command: str, target: str, text: str) -> None:
+    def say(self, target: str, text: str) -> None:
         """Queue a text, cut to fit one line, without leading signs that command other bots."""
-        rest = f":{self.nick}!{self.mask} {command} {target} :\r\n"
+        rest = f":{self.nick}!{self.mask} PRIVMSG {target} :\r\n"
         text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
         room = max(0, IRC_LINE_BYTES - len(rest.encode()))
         text = text.encode()[:room].decode("utf-8", "ignore")
         if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
-            self.send(command, target, text)
+            self.send("PRIVMSG", target, text)
 
     def is_me(self, nick: str) -> bool:
         return nick.lower() == self.nick.lower()
@@ -2264,12 +2251,9 @@ class IrcSession:
         is_bot = re.search(r"(^|[;/])bot(=|;|$)", line.tags)
         if is_bot or not is_person(line.source) or not (private or channel):
             return
-        if text.startswith("\x01"):
-            command, reply = "NOTICE", ctcp_reply(text) if private else ""
-        else:
-            command, reply = "PRIVMSG", self.finger_reply(text, private)
+        reply = self.finger_reply(text, private)
         if reply and self.within_limit(line):
-            self.say(command, line.nick if private else target, reply)
+            self.say(line.nick if private else target, reply)
 
     def finger_reply(self, text: str, private: bool) -> str:
         """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
@@ -2280,8 +2264,8 @@ class IrcSession:
             name = rest.strip()
         elif not private:
             return ""
-        # Not queries: an empty line, the reply of another fingerd, and what ZNC plays back.
-        if name in ("", NO_SUCH_USER) or re.search(r"\[\d\d:\d\d:\d\d\]", text):
+        # Not queries: an empty line, the reply of another fingerd, CTCP, and what ZNC plays back.
+        if name in ("", NO_SUCH_USER) or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
             return ""
         now = self.store.snapshot()
         user = now.find(name)
@@ -2312,7 +2296,7 @@ class IrcSession:
         for line in lines:
             for channel in self.channels.values():
                 if channel.joined:
-                    self.say("PRIVMSG", channel.name, line)
+                    self.say(channel.name, line)
 
 
 # ================================================================================================

@@ -3708,7 +3708,8 @@ class IrcSessionTest(Case):
 
     def test_it_says_first_who_it_is(self) -> None:
         server, tags, sasl, end = "PASS :a b", "CAP REQ message-tags", "CAP REQ sasl", "CAP END"
-        names = ["NICK fingerbot", f"USER fingerd 0 * :{fingerd.IRC_REALNAME}"]
+        user = "USER fingerd 0 * :A bot, the finger service: send it a user's name"
+        names = ["NICK fingerbot", user]
         for options, said in [
             ({}, [tags, *names, end]),
             ({"password": "a b"}, [server, tags, *names, end]),
@@ -3796,9 +3797,7 @@ class IrcSessionTest(Case):
             ("#a", "!fingers moshez", None),
             ("#a", "fingerbot moshez", None),
             ("#b", "!finger moshez", None),
-            ("fingerbot", "\x01VERSION\x01", "NOTICE ann :\x01VERSION fingerd 1.0\x01"),
-            ("fingerbot", "\x01PING 12 34\x01", "NOTICE ann :\x01PING 12 34\x01"),
-            ("fingerbot", "\x01FINGER", f"NOTICE ann :\x01FINGER {fingerd.IRC_REALNAME}\x01"),
+            ("fingerbot", "\x01VERSION\x01", None),
             ("fingerbot", "\x01ACTION waves\x01", None),
             ("fingerbot", "\x01", None),
             ("#a", "\x01VERSION\x01", None),
@@ -4464,7 +4463,6 @@ class RealServerCase(IrcCase):
             ("JOIN #office", " 366 "),
             ("PRIVMSG fingerbot moshez", "PRIVMSG ann :moshez: Happy and well"),
             ("PRIVMSG #office :!finger nobody", "PRIVMSG #office :nobody: No such user"),
-            ("PRIVMSG fingerbot :\x01VERSION\x01", "NOTICE ann :\x01VERSION fingerd"),
         ]:
             ann.say(said)
             ann.hear(heard)
@@ -4734,7 +4732,7 @@ class ZncTest(FakeServerCase):
         self.logged("joined #a", 2)
         end.say(":ann!b@c PRIVMSG #a :!finger moshez")
         self.assertEqual(end.hear("PRIVMSG"), "PRIVMSG #a :moshez: Happy and well")
-        said.assert_called_once_with(mock.ANY, "PRIVMSG", "#a", "moshez: Happy and well")
+        said.assert_called_once_with(mock.ANY, "#a", "moshez: Happy and well")
 
 
 del FakeServerCase, RealServerCase  # the tests are in the classes made of them
