@@ -2510,7 +2510,7 @@ class Server(socketserver.ThreadingTCPServer):
                 self.wakened.recv(RECEIVE_BYTES)
                 while self.handed_back:
                     self.ready.append(self.handed_back.popleft())
-            else:
+            elif key.data.unsent or not key.data.pipelined:  # else it has been handed back
                 self.ready.append(key.data)
 
     def accept(self) -> None:

@@ -5388,6 +5388,14 @@ class ConnectionTest(Case):
             replies = [call[0][0].split(b"\n")[0] for call in reply.call_args_list]
         self.assertLess(replies.index(b"4"), replies.index(b"2"), replies)
 
+    def test_a_turn_has_one_reply_for_each_connection(self) -> None:
+        self.client(b"again\n" * 1_000)
+        until(lambda: self.turn() or self.states())
+        with mock.patch.object(self.lines, "reply", wraps=self.lines.reply) as reply:
+            for _ in range(20):
+                self.turn(0.01)
+        self.assertTrue(15 < reply.call_count <= 20, reply.call_count)
+
     def test_a_job_is_computed_by_a_worker(self) -> None:
         sock, before = self.client(b"job\nnext\n"), threading.active_count()
         until(lambda: self.turn() or self.states() == ["working"])
