@@ -655,29 +655,13 @@ def path_user(path: str) -> str:
     return clean(decode(urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))))
 
 
-def parse_accept(accept: str) -> dict[str, float]:
-    """The first MAX_RANGES media ranges of an Accept header and their weights, 0 to 1."""
-    weights: dict[str, float] = {}
-    for part in accept.lower().split(",", MAX_RANGES)[:MAX_RANGES]:
-        media_range, *parameters = map(str.strip, part.split(";"))
-        weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
-        if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight):
-            weights[media_range] = max(float(weight), weights.get(media_range, 0.0))
-    return weights
-
-
 # ---- pages -------------------------------------------------------------------------------------
 
-FORMATS = {  # that a web client may ask for, by ?format= or by Accept
-    "html": "text/html",
-    "text": "text/plain",
-    "json": "application/json",
-    "atom": "application/atom+xml",
-}
-OTHER_TYPES = {"atom": ["application/rss+xml", "application/xml"]}  # that feed readers may name
-MEDIA_RANGES = {  # that admit each format, the most specific first
-    name: [media_type, *OTHER_TYPES.get(name, []), media_type.split("/")[0] + "/*", "*/*"]
-    for name, media_type in FORMATS.items()
+FORMATS = {  # that a web client may ask for; the media ranges that admit each, beside */*
+    "html": ["text/html", "text/*"],  # its own type comes first
+    "text": ["text/plain", "text/*"],
+    "json": ["application/json", "application/*"],
+    "atom": ["application/atom+xml", "application/rss+xml", "application/xml", "application/*"],
 }
 
 
@@ -695,20 +679,24 @@ def choose_format(accept: str) -> str:
     Each format has the weight of the most specific range that admits it. Among equal weights, a
     named type comes before one that a wildcard admits; then the client's order decides, then ours.
     """
-    weights = parse_accept(accept or "*/*")
-    order = list(weights)
-    ranks = {}
-    for name, ranges in MEDIA_RANGES.items():
-        found = next(filter(weights.__contains__, ranges), "")
-        if found and weights[found]:
-            ranks[name] = weights[found], -MAX_RANGES if "*" in found else -order.index(found)
-    return max(ranks, key=ranks.__getitem__) if ranks else ""
+    ranks: dict[str, tuple[float, int]] = {}
+    for place, part in enumerate(accept.lower().split(",", MAX_RANGES)[:MAX_RANGES]):
+        media_range, *parameters = map(str.strip, part.split(";"))
+        weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
+        if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight):
+            ranks[media_range] = float(weight), -MAX_RANGES if "*" in media_range else -place
+    found = {
+        name: next((ranks[each] for each in (*ranges, "*/*") if each in ranks), (0.0, 0))
+        for name, ranges in FORMATS.items()
+    }
+    best = max(found, key=found.__getitem__)
+    return best if found[best][0] else ""
 
 
 def parse_view(query: str, accept: str) -> View:
     """How a request with this query and this Accept header wants to see a page."""
     asked = urllib.parse.parse_qs(query) if query else {}
-    name = asked["format"][-1] if "format" in asked else choose_format(accept)
+    name = asked["format"][-1] if "format" in asked else choose_format(accept or "*/*")
     if name != "html":
         return View(name if name in FORMATS else "")
     return View(name, asked.get("sort", [""])[-1] == "name", "refresh" in asked)
@@ -760,7 +748,7 @@ HTML_PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <main>
-{main}
+<h1>{title}</h1>{main}
 </main>
 </body>
 </html>"""
@@ -772,8 +760,7 @@ ATOM_FEED = """<?xml version="1.0" encoding="utf-8"?>
 <author><name>fingerd</name></author>
 <link rel="alternate" type="text/html" href="{url}"/>
 <link rel="self" href="{url}?format=atom"/>
-{entries}</feed>
-"""
+{entries}</feed>"""
 ATOM_ENTRY = """<entry>
 <id>{id}</id>
 <title>{user}: {text}</title>
@@ -785,11 +772,11 @@ ATOM_ENTRY = """<entry>
 """
 
 
-def html_page(title: str, main: str, url: str = "") -> str:
-    """A whole page around `main`; if there is a feed, it is that of `url`. Both are HTML."""
-    feed = f'<link rel="alternate" type="application/atom+xml" href="{url}?format=atom">\n'
+def html_page(title: str, main: str, feed_of: str = "") -> str:
+    """A page with `main`, in HTML, below the title, and with the feed of a URL, if it has one."""
+    feed = f'<link rel="alternate" type="application/atom+xml" href="{feed_of}?format=atom">\n'
     return HTML_PAGE.format(
-        title=html.escape(title), main=main, feed=feed if url else "", style=STYLE
+        title=html.escape(title), main=main, feed=feed if feed_of else "", style=STYLE
     )
 
 
@@ -804,11 +791,6 @@ def page_links(url: str) -> str:
         f'<a href="{url}?format=atom">feed</a> · reload <a href="{url}?refresh={REFRESH_SECONDS}">'
         f'every {REFRESH_SECONDS} s</a> or <a href="{url}">never</a>'
     )
-
-
-def html_error(title: str, words: str, rest: str = "") -> str:
-    """A page with `words` below `title`, and the HTML in `rest` below them."""
-    return html_page(title, f"<h1>{html.escape(title)}</h1><p>{html.escape(words)}</p>{rest}")
 
 
 # An address may hold parentheses in pairs, and does not end with a punctuation mark.
@@ -1601,12 +1583,18 @@ def make_page(status: int, media_type: str, texts: Iterable[str], since: float =
 
 def error_page(status: int, words: str = "") -> Page:
     """A page with the status and `words`, or the status's usual phrase."""
-    phrase = http.HTTPStatus(status).phrase
-    return make_page(status, "text/html", [html_error(str(status), words or phrase)])
+    words = words or http.HTTPStatus(status).phrase
+    return make_page(status, "text/html", [html_page(str(status), f"<p>{words}</p>")])
 
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
 ANY_ORIGIN = {"Access-Control-Allow-Origin": "*"}  # pages from elsewhere may read this page
+PREFLIGHT = {  # the answer to a browser that asks whether they may
+    **ANY_ORIGIN,
+    "Access-Control-Allow-Methods": "GET, HEAD",
+    "Access-Control-Allow-Headers": "*",
+    "Access-Control-Max-Age": "86400",
+}
 
 
 def finger_links(user: str, policy: Policy) -> list[str]:
@@ -1626,14 +1614,39 @@ def user_html(user: str, status: Status, base: str, policy: Policy, plan: str) -
     """The page of one user; `base` is the URL of everybody's page, escaped."""
     url = user_url(base, user)
     links = [f'<a href="{base}">everybody</a>', *finger_links(user, policy), page_links(url)]
-    main = f"<h1>{html.escape(user)}</h1>"
+    main = ""
     if status.text:
         until = f", until {html_time(status.until)}" if status.until else ""
         times = f"since {html_time(status.since)}{until}"
-        main += f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
+        main = f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
     if plan:
         main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n"
     return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", url)
+
+
+def atom_feed(user: str, statuses: list[tuple[str, Status]], base: str, root: str) -> str:
+    """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest stands first.
+
+    An entry's id is the same as long as its text is, also after a restart and on a replica.
+    """
+    root = html.escape(root)
+    entries = [
+        ATOM_ENTRY.format(
+            id=f"{user_url(root, name)}#{digest([text.encode()])}",
+            user=html.escape(name),
+            text=html.escape(text),
+            updated=iso_time(since),
+            url=user_url(base, name),
+        )
+        for name, (text, since, _) in statuses
+    ]
+    return ATOM_FEED.format(
+        id=user_url(root, user),
+        title=html.escape(user or "fingerd"),
+        updated=iso_time(statuses[0][1].since if statuses else 0),
+        url=user_url(base, user),
+        entries="".join(entries),
+    )
 
 
 def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
@@ -1652,10 +1665,8 @@ def no_status_html(policy: Policy) -> str:
 def list_html(now: Snapshot, by_name: bool, base: str, policy: Policy) -> str:
     """The page at /: how to ask for a user and, unless that is private, the users."""
     title, usage = f"Statuses at {policy.finger_host}", "usage: site/user"
-    heading = f"<h1>{html.escape(title)}</h1>\n"
     if policy.private:
-        words = f"<p>The list of users is private here</p>\n<nav>{usage}</nav>"
-        return html_page(title, heading + words)
+        return html_page(title, f"<p>The list of users is private here</p>\n<nav>{usage}</nav>")
     orders = f'sort by <a href="{base}">time</a> or <a href="{base}?sort=name">name</a>'
     users = now.users() if by_name else newest(now, MAX_PAGE_USERS)
     rows = [
@@ -1664,8 +1675,7 @@ def list_html(now: Snapshot, by_name: bool, base: str, policy: Policy) -> str:
         for user, (text, since, _) in itertools.islice(users, MAX_PAGE_USERS)
     ]
     main = (
-        f"{heading}<p>What everybody here is up to</p>\n"
-        f"<nav>{usage} · {orders} · {page_links(base)}</nav>\n"
+        f"<p>What everybody here is up to</p>\n<nav>{usage} · {orders} · {page_links(base)}</nav>\n"
     )
     main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else no_status_html(policy)
     more = now.size() - len(rows)
@@ -1675,15 +1685,15 @@ def list_html(now: Snapshot, by_name: bool, base: str, policy: Policy) -> str:
 class WebAnswers:
     """The pages of the store's users.
 
-    It remembers the last list of everybody for each view (as long as the statuses in it), the
-    newest statuses, and MAX_PAGES users' pages of 20 kB at most. Feeds and pages about unknown
-    names are made for each request.
+    It remembers the last list of everybody for each view (as long as the statuses in it), and
+    MAX_PAGES users' pages of 20 kB at most. Pages with plans or about unknown names are made for
+    each request.
     """
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
         self._base = html.escape(policy.public_url or "/")  # the URL of everybody's page
-        self._lists: dict[Any, tuple[int, Any]] = {}  # and the versions of the store
+        self._lists: dict[Any, tuple[int, Page]] = {}  # and the versions of the store
         self._remembered = functools.lru_cache(MAX_PAGES)(self._user)
 
     def is_long(self, head: HttpHead) -> bool:
@@ -1699,118 +1709,83 @@ class WebAnswers:
         if head.problem or head.method not in METHODS:
             return error_page(head.problem or 501)
         takes_calls = head.path in ("/", "/RPC2")  # some clients post their calls to /
-        if head.method == "POST" and takes_calls:
-            return error_page(415) if "content-encoding" in head.headers else None
         has_page = head.path != "/RPC2" or self._store.snapshot().find("RPC2") != ""
         is_public = self._policy.public_url != "" and head.path != "/RPC2"
         allowed = ["GET", "HEAD"] * has_page + ["POST"] * takes_calls + ["OPTIONS"] * is_public
-        if head.method in allowed:
-            return None
-        page = error_page(405)
-        page.headers["Allow"] = ", ".join(allowed)
-        return page
-
-    def options(self) -> Page:
-        """The answer to a browser that asks whether pages from elsewhere may read these pages."""
-        allowed = {"Access-Control-Allow-Methods": "GET, HEAD", "Access-Control-Allow-Headers": "*"}
-        return Page(204, {**ANY_ORIGIN, **allowed, "Access-Control-Max-Age": "86400"}, [])
+        if head.method not in allowed:
+            page = error_page(405)
+            page.headers["Allow"] = ", ".join(allowed)
+            return page
+        has_coding = head.method == "POST" and "content-encoding" in head.headers
+        return error_page(415) if has_coding else None
 
     def page(self, head: HttpHead, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
         view = parse_view(head.query, head.headers.get("accept", ""))
-        page, headers = self._page(head, view, plan), {}
+        if not view.format:
+            page = error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
+        elif head.path == "/":
+            page = self._everybody(view)
+        else:
+            page = self._somebody(view.format, path_user(head.path), plan)
+        headers = {**page.headers}
         if view.reload and page.status == 200:
             headers["Refresh"] = str(REFRESH_SECONDS)
         if self._policy.public_url and head.path != "/RPC2":
             headers.update(ANY_ORIGIN)
-        return page._replace(headers={**page.headers, **headers}) if headers else page
+        return page._replace(headers=headers)
 
-    def _page(self, head: HttpHead, view: View, plan: str) -> Page:
-        """The page, without the headers that depend on more than the store and the view."""
-        if not view.format:
-            return error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
-        now, is_feed = self._store.snapshot(), view.format == "atom"
-        if head.path == "/":
-            if self._policy.private and view.format != "html":
-                return make_page(403, FORMATS["text"], ["The list of users is private here.\n"])
-            version, listed = self._lists.get(view[:2], (-1, None))
-            if version != now.version:
-                listed = newest(now, MAX_FEED) if is_feed else self._everybody(now, view)
-                self._lists[view[:2]] = now.version, listed
-            return self._feed(now, "", listed, head) if is_feed else listed
-        name_asked = path_user(head.path)
-        user = now.find(name_asked)
-        status = now.get(user)
-        if plan and view.format in ("html", "json"):
-            return self._user(view.format, user or name_asked, status or Status("", 0.0), plan)
-        if status is None:
-            return self._nobody(view.format, name_asked[:MAX_NAME])
-        if is_feed:
-            return self._feed(now, user, [(user, status)], head)
-        return self._remembered(view.format, user, status)
-
-    def _user(self, name: str, user: str, status: Status, plan: str = "") -> Page:
-        """The page of one user in the format `name`; not a feed. With a plan it has no date."""
-        if name == "html":
-            text = user_html(user, status, self._base, self._policy, plan)
-        else:
-            text = status.text if name == "text" else json_status(user, *status, plan)
-            text += "\n"
-        return make_page(200, FORMATS[name], [text], -1 if plan else status.since)
-
-    def _nobody(self, name: str, user: str) -> Page:
-        """The page in the format `name` that says that there is no such user."""
-        error = json.dumps({"user": user, "error": NO_SUCH_USER})
-        texts = {"text": NO_SUCH_USER + "\n", "json": error + "\n"}
-        if name in texts:
-            return make_page(404, FORMATS[name], [texts[name]])
-        back = f'\n<footer><a href="{self._base}">everybody</a></footer>'
-        return make_page(404, FORMATS["html"], [html_error(user, NO_SUCH_USER, back)])
-
-    def _everybody(self, now: Snapshot, view: View) -> Page:
-        """The list of all users; not a feed."""
+    def _everybody(self, view: View) -> Page:
+        """The list of all users."""
+        now, policy = self._store.snapshot(), self._policy
+        if policy.private and view.format != "html":
+            return make_page(403, "text/plain", ["The list of users is private here.\n"])
+        version, page = self._lists.get(view[:2], (-1, None))
+        if page and version == now.version:
+            return page
         if view.format == "html":
-            texts: Iterable[str] = [list_html(now, view.by_name, self._base, self._policy)]
+            texts: Iterable[str] = [list_html(now, view.by_name, self._base, policy)]
         elif view.format == "text":
             texts = (format_users_line(user, status.text) for user, status in now.users())
-        else:
+        elif view.format == "json":
             texts = json_list(json_status(user, *status) for user, status in now.users())
-        since = -1 if self._policy.private else now.changed  # which would tell of messages
-        return make_page(200, FORMATS[view.format], texts, since)
-
-    def _feed(
-        self, now: Snapshot, user: str, statuses: list[tuple[str, Status]], head: HttpHead
-    ) -> Page:
-        """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest stands first.
-
-        Its links are absolute. Without a public URL, they lead to the host in the request. An
-        entry's id is the same as long as its text is, also after a restart and on a replica.
-        """
-        public, host = self._policy.public_url, self._policy.finger_host
-        base = html.escape(public or f"http://{head.headers.get('host') or host}/")
-        root = html.escape(self._policy.feed_root)
-        updated = statuses[0][1].since if statuses else now.changed
-        entries = [
-            ATOM_ENTRY.format(
-                id=f"{user_url(root, name)}#{digest([text.encode()])}",
-                user=html.escape(name),
-                text=html.escape(text),
-                updated=iso_time(since),
-                url=user_url(base, name),
-            )
-            for name, (text, since, _) in statuses
-        ]
-        feed = ATOM_FEED.format(
-            id=user_url(root, user),
-            title=html.escape(user or "fingerd"),
-            updated=iso_time(updated),
-            url=user_url(base, user),
-            entries="".join(entries),
-        )
-        page = make_page(200, FORMATS["atom"], [feed], updated)
-        if not public:
-            page.headers["Cache-Control"] = "private, no-cache"
+        else:
+            feed = atom_feed("", newest(now, MAX_FEED), self._base, policy.feed_root)
+            texts = [feed + "\n"]
+        since = -1 if policy.private else now.changed  # which would tell of messages
+        page = make_page(200, FORMATS[view.format][0], texts, since)
+        self._lists[view[:2]] = now.version, page
         return page
+
+    def _somebody(self, name: str, name_asked: str, plan: str) -> Page:
+        """The page about a user, who may be unknown, in the format `name`."""
+        now = self._store.snapshot()
+        user = now.find(name_asked)
+        status = now.get(user)
+        if plan and name in ("html", "json"):
+            return self._user(name, user or name_asked, status or Status("", 0.0), plan)
+        if status:
+            return self._remembered(name, user, status)
+        if name == "json":
+            text = json.dumps({"user": name_asked[:MAX_NAME], "error": NO_SUCH_USER})
+        elif name == "html":
+            back = f'<footer><a href="{self._base}">everybody</a></footer>'
+            text = html_page(name_asked[:MAX_NAME], f"<p>{NO_SUCH_USER}</p>\n{back}")
+        else:
+            name, text = "text", NO_SUCH_USER
+        return make_page(404, FORMATS[name][0], [text + "\n"])
+
+    def _user(self, name: str, user: str, status: Status, plan: str = "") -> Page:
+        """The page of one user in the format `name`. With a plan it has no date."""
+        if name == "html":
+            text = user_html(user, status, self._base, self._policy, plan)
+        elif name == "text":
+            text = status.text
+        elif name == "json":
+            text = json_status(user, *status, plan)
+        else:
+            text = atom_feed(user, [(user, status)], self._base, self._policy.feed_root)
+        return make_page(200, FORMATS[name][0], [text + "\n"], -1 if plan else status.since)
 
 
 def conditional_status(head: HttpHead, page: Page) -> int:
@@ -2873,7 +2848,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
 
     def do_OPTIONS(self) -> Page:
         """The answer to a browser that asks for the page of another origin."""
-        return self.server.answers.options()
+        return Page(204, PREFLIGHT, [])
 
 
 class WebServer(Server):

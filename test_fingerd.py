@@ -2606,7 +2606,7 @@ class WebTest(SharedCase):
             self.assertEqual([page.headers["vary"] for page in pages], ["Accept"] * 4)
             self.assertEqual(len({page.headers["etag"] for page in pages}), 4)
             types = [page.headers["content-type"].split(";")[0] for page in pages]
-            self.assertEqual(types, list(fingerd.FORMATS.values()))
+            self.assertEqual(types, [ranges[0] for ranges in fingerd.FORMATS.values()])
             for media_type, page in zip(types, pages):
                 self.assertEqual(self.get(path, f"Accept: {media_type}").body, page.body)
 
@@ -2631,12 +2631,9 @@ class WebTest(SharedCase):
         missing = self.get("/nobody?format=json")
         self.assertEqual((missing.status, json.loads(missing.body)["user"]), (404, "nobody"))
 
-    def feed(self, target: str, host: str = "h") -> Any:
+    def feed(self, target: str) -> Any:
         """The feed as an element, without its namespace, checked for what RFC 4287 demands."""
-        data = request(target).replace(b"Host: h\r\n", f"Host: {host}\r\n".encode())
-        (answer,) = responses(ask(self.service.port("web"), data))
-        self.assertIn("private", answer.headers["cache-control"])
-        feed = xml.etree.ElementTree.fromstring(answer.body)
+        feed = xml.etree.ElementTree.fromstring(self.get(target).body)
         for element in feed.iter():
             space, _, element.tag = element.tag.rpartition("}")
             self.assertEqual(space, "{http://www.w3.org/2005/Atom")
@@ -2645,11 +2642,11 @@ class WebTest(SharedCase):
             self.assertRegex(part.findtext("id"), r"\A[a-z]+:")
             self.assertTrue(part.findtext("title"))
             self.assertTrue(part.findtext("author/name"))
-            self.assertTrue(part.find("link").get("href").startswith(f"http://{host}/"))
+            self.assertTrue(part.find("link").get("href").startswith("/"))
         return feed
 
     def test_atom(self) -> None:
-        feed = self.feed("/?format=atom", "other.example:81")
+        feed = self.feed("/?format=atom")
         entries = {e.findtext("author/name"): e.findtext("content") for e in feed.findall("entry")}
         self.assertEqual(len(entries), 5)
         self.assertEqual(entries[ODD], "<script>&\"'")
