@@ -934,12 +934,7 @@ class IrcLine(NamedTuple):
 def parse_irc_line(raw: bytes) -> IrcLine:
     """Parse the bytes before an LF, whatever they are (RFC 2812, section 2.3.1; IRCv3 tags)."""
     text = decode(raw.rstrip(b"\r"))
-    tags = source = ""
-    if text.startswith("@"):
-        tags, _, text = text[1:].partition(" ")
-        text = text.lstrip(" ")
-    if text.startswith(":"):
-        source, _, text = text[1:].partition(" ")
+    tags, source, text = re.findall("(?:@([^ ]*) *)?(?::([^ ]*) *)?(.*)", text, re.DOTALL)[0]
     head, colon, trailing = f" {text}".partition(" :")
     command, *params = [word for word in head.split(" ") if word] or [""]
     if colon:
@@ -1968,10 +1963,6 @@ class IrcOptions(NamedTuple):
     fingerprint: str = ""  # SHA-256 of the only certificate to trust, in hexadecimal
 
 
-class IrcFailure(ConnectionError):
-    """The connection cannot continue; the text is the reason, for the log."""
-
-
 class IrcChannel:
     """A channel that the bot is meant to be in."""
 
@@ -1987,7 +1978,7 @@ class IrcSession:
     """The protocol on one connection: received lines and times in, lines to send out.
 
     The caller calls `begin` once, `receive` for each line and `tick` often, and sends the result
-    of `take`. `report` is called with lines for the log. An IrcFailure ends the connection.
+    of `take`. `report` is called with lines for the log. A ConnectionError ends it all.
     """
 
     def __init__(
@@ -2034,11 +2025,12 @@ class IrcSession:
         """Handle a line, which may contain anything."""
         self.now = now
         line = parse_irc_line(raw)
-        if "!" in line.source and self.is_me(line.nick):
+        is_ours = self.is_me(line.nick)
+        if is_ours and "!" in line.source:  # some bouncers leave out the rest
             self.mask = line.source.partition("!")[2]
         if re.fullmatch("[459][0-9]{2}", line.command):
             self.note_refusal(line)
-        handler = getattr(self, f"on_{line.command}", None)
+        handler = getattr(self, f"on_our_{line.command}" if is_ours else f"on_{line.command}", None)
         if handler:
             handler(line)
         if self.registered:
@@ -2061,9 +2053,9 @@ class IrcSession:
 
     def check_silence(self) -> None:
         if not self.registered:
-            raise IrcFailure("the registration takes too long")
+            raise ConnectionError("the registration takes too long")
         if self.pinged:
-            raise IrcFailure("the server does not reply")
+            raise ConnectionError("the server does not reply")
         self.pinged, self.deadline = True, self.now + IRC_ANSWER_SECONDS
         self.send("PING", "fingerd")
 
@@ -2106,14 +2098,14 @@ class IrcSession:
         self.queue.appendleft(format_irc_line("PONG", line.param(0)))
 
     def on_ERROR(self, line: IrcLine) -> None:
-        raise IrcFailure(f"the server says: {self.quote(*line.params)}")
+        raise ConnectionError(f"the server says: {self.quote(*line.params)}")
 
     def on_CAP(self, line: IrcLine) -> None:
         reply = " ".join(line.params[1:]).split()
         if reply == ["ACK", "sasl"]:
             self.send("AUTHENTICATE", "EXTERNAL" if self.options.certificate else "PLAIN")
         elif reply == ["NAK", "sasl"]:
-            raise IrcFailure("the server refuses SASL")
+            raise ConnectionError("the server refuses SASL")
 
     def on_AUTHENTICATE(self, line: IrcLine) -> None:
         """Log in. After a line of 400 bytes another one follows, of "+" if nothing is left."""
@@ -2128,7 +2120,8 @@ class IrcSession:
     def on_904(self, line: IrcLine) -> None:
         """A refused log-in, a wrong password for the server (464) or a ban (465)."""
         self.refused = True
-        raise IrcFailure(f"the server refuses us ({line.command}): {self.quote(*line.params)}")
+        words = self.quote(*line.params)
+        raise ConnectionError(f"the server refuses us ({line.command}): {words}")
 
     on_464 = on_465 = on_902 = on_905 = on_906 = on_908 = on_904
 
@@ -2137,7 +2130,7 @@ class IrcSession:
         if self.registered:
             return
         if not self.other_nicks:
-            raise IrcFailure("the server accepts none of our nicks")
+            raise ConnectionError("the server accepts none of our nicks")
         self.nick = self.other_nicks.pop(0)
         self.send("NICK", self.nick)
 
@@ -2145,7 +2138,7 @@ class IrcSession:
 
     def on_001(self, line: IrcLine) -> None:
         if not self.logged_in:
-            raise IrcFailure("the server has no SASL")
+            raise ConnectionError("the server has no SASL")
         self.nick = line.param(0)
         self.registered = self.now
         self.nick_due = self.now + IRC_SILENCE_SECONDS
@@ -2160,9 +2153,8 @@ class IrcSession:
             if re.fullmatch("BOT=[A-Za-z]", token):  # the mode that marks bots
                 self.send("MODE", self.nick, f"+{token[-1]}")
 
-    def on_NICK(self, line: IrcLine) -> None:
-        if self.is_me(line.nick):
-            self.nick = line.param(0)
+    def on_our_NICK(self, line: IrcLine) -> None:
+        self.nick = line.param(0)
 
     def join(self) -> None:
         """Ask for the channels that are due, those with a key first."""
@@ -2175,11 +2167,9 @@ class IrcSession:
             keys = ",".join(channel.key for channel in due if channel.key)
             self.send("JOIN", ",".join(channel.name for channel in due), *filter(None, [keys]))
 
-    def on_JOIN(self, line: IrcLine) -> None:
+    def on_our_JOIN(self, line: IrcLine) -> None:
         """We are in a channel. One that the server forwarded us to is left."""
         name, channel = line.param(0), self.channel(line.param(0))
-        if not self.is_me(line.nick):
-            return
         if channel:
             channel.joined, channel.pause = True, IRC_SILENCE_SECONDS
             channel.refusals.clear()
@@ -2200,18 +2190,18 @@ class IrcSession:
             reason = self.quote(*line.params[2:])
             self.report(f"{channel.name} refuses us ({line.command}): {reason}")
 
-    def on_PART(self, line: IrcLine) -> None:
-        """Somebody made us leave: by PART for a while, by KICK until an INVITE or reconnection."""
+    def on_KICK(self, line: IrcLine) -> None:
+        """We are out: by PART for a while, by KICK until an INVITE or the next connection."""
         kicked = line.command == "KICK"
         channel = self.channel(line.param(0))
-        if channel and self.is_me(line.param(1) if kicked else line.nick):
+        if channel and (self.is_me(line.param(1)) or not kicked):
             channel.joined = False
             channel.due = math.inf if kicked else self.now + IRC_SILENCE_SECONDS
             words = self.quote(line.source, line.command, *line.params)
             when = "after an INVITE" if kicked else f"in {IRC_SILENCE_SECONDS:.0f} s"
             self.report(f"out of {channel.name} ({words}); next attempt {when}")
 
-    on_KICK = on_PART
+    on_our_PART = on_KICK
 
     def on_INVITE(self, line: IrcLine) -> None:
         """Follow an invitation to a configured channel, and no other."""
@@ -3357,21 +3347,21 @@ class IrcBot(threading.Thread):
         try:
             plain = socket.create_connection((host, self.options.port), IRC_CONNECT_SECONDS)
         except (OSError, UnicodeError) as problem:
-            raise IrcFailure(f"cannot connect to {host}: {problem}") from None
+            raise ConnectionError(f"cannot connect to {host}: {problem}") from None
         if not self.tls:
             return plain
         try:
             with plain:  # wrap_socket detaches it, or it is of no more use
                 sock = self.tls.wrap_socket(plain, server_hostname=host)
         except ssl.SSLCertVerificationError as problem:
-            raise IrcFailure(f"bad certificate: {problem.verify_message}") from None
+            raise ConnectionError(f"bad certificate: {problem.verify_message}") from None
         except OSError as problem:
             hint = "for a server without TLS, use --irc-plaintext"
-            raise IrcFailure(f"no TLS ({problem}); {hint}") from None
+            raise ConnectionError(f"no TLS ({problem}); {hint}") from None
         digest = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
         if self.options.fingerprint not in ("", digest):
             sock.close()
-            raise IrcFailure(f"bad certificate: its SHA-256 is {digest}")
+            raise ConnectionError(f"bad certificate: its SHA-256 is {digest}")
         return sock
 
     def serve(self, sock: socket.socket, session: IrcSession) -> None:
@@ -3384,7 +3374,7 @@ class IrcBot(threading.Thread):
             with contextlib.suppress(socket.timeout):  # nothing has arrived, or half a TLS record
                 received = sock.recv(BLOCK_BYTES)
                 if not received:
-                    raise IrcFailure("the server closed the connection")
+                    raise ConnectionError("the server closed the connection")
                 *lines, unread = (unread + received).split(b"\n")
                 for line in lines:
                     session.receive(line, time.monotonic())
@@ -3645,16 +3635,6 @@ def add_irc_options(parser: argparse.ArgumentParser) -> None:
     add("--irc-password-file", metavar="FILE", help=text)
 
 
-def irc_password(file_name: str | None) -> str:
-    """The first line of the file or, without a file, the value in the environment."""
-    if not file_name:
-        return os.environ.get("FINGERD_IRC_PASSWORD", "")
-    try:
-        return pathlib.Path(file_name).read_text(encoding="utf-8").partition("\n")[0]
-    except (OSError, UnicodeDecodeError) as problem:
-        raise StartError(f"--irc-password-file: {problem}") from None
-
-
 def check_irc_options(irc: IrcOptions) -> None:
     """Raise StartError for the first wrong option; warn if nothing is encrypted."""
     exposed = not irc.tls and not re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", irc.host)
@@ -3666,7 +3646,6 @@ def check_irc_options(irc: IrcOptions) -> None:
     channels = [re.fullmatch(f"[#&+!]{word}( {word})?", channel) for channel in irc.channels]
     joined = ",".join(irc.channels).encode("utf-8", "replace")
     refused = {
-        "--irc: the port must be from 1 to 65535": not 0 < irc.port < 65536,
         # From A to } are the letters, and all else that a nick may begin with.
         "--irc-nick: not a nick": not re.fullmatch("[A-}][A-}0-9-]{0,29}", irc.nick),
         "--irc-channel: not '#NAME' or '#NAME KEY'": not all(channels),
@@ -3690,8 +3669,15 @@ def irc_options(options: argparse.Namespace) -> IrcOptions | None:
     if not options.irc:
         return None
     address = re.fullmatch(r"(\[\S+\]|[^:\s]+)(?::([0-9]{1,5}))?|(\S*:\S*:\S*)", options.irc)
-    if not address:
+    if not address or not 0 < int(address[2] or 6697) < 65536:
         raise StartError(f"--irc: {options.irc!a} is not HOST or HOST:PORT")
+    password = os.environ.get("FINGERD_IRC_PASSWORD", "")
+    if options.irc_password_file:
+        try:
+            text = pathlib.Path(options.irc_password_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise StartError(f"--irc-password-file: {problem}") from None
+        password = text.partition("\n")[0]
     irc = IrcOptions(
         host=(address[1] or address[3]).strip("[]"),
         port=int(address[2] or (6667 if options.irc_plaintext else 6697)),
@@ -3699,7 +3685,7 @@ def irc_options(options: argparse.Namespace) -> IrcOptions | None:
         nick=options.irc_nick,
         channels=tuple(options.irc_channel),
         account=options.irc_account,
-        password=irc_password(options.irc_password_file),
+        password=password,
         certificate=options.irc_certificate,
         fingerprint=options.irc_fingerprint.replace(":", "").lower(),
     )

@@ -3733,7 +3733,7 @@ class IrcSessionTest(Case):
         ]:
             with self.subTest(title):
                 talk = Talk(**options)
-                with self.assertRaisesRegex(fingerd.IrcFailure, title.replace("secret", r"\*\*\*")):
+                with self.assertRaisesRegex(ConnectionError, title.replace("secret", r"\*\*\*")):
                     talk.hear(line)
                 self.assertEqual(talk.session.refused, refused)
 
@@ -3755,7 +3755,7 @@ class IrcSessionTest(Case):
             with self.subTest(title):
                 channels = ("#a sesame",)
                 talk = Talk(account=account, password=password, channels=channels)
-                with self.assertRaises(fingerd.IrcFailure) as failure:
+                with self.assertRaises(ConnectionError) as failure:
                     talk.hear(f":s 904 * {repeated} :is wrong")
                 said, _, quoted = str(failure.exception).partition(": ")
                 self.assertEqual(said, "the server refuses us (904)")
@@ -3765,7 +3765,7 @@ class IrcSessionTest(Case):
         for number in ("432", "433", "436", "437"):
             talk = Talk().hear(*[f":s {number} * a :b"] * 3)
             self.assertEqual(talk.said()[-1], "NICK finge4711")
-            with self.assertRaisesRegex(fingerd.IrcFailure, "none of our nicks"):
+            with self.assertRaisesRegex(ConnectionError, "none of our nicks"):
                 talk.hear(f":s {number} * a :b")
 
     def test_answers(self) -> None:
@@ -3918,6 +3918,8 @@ class IrcSessionTest(Case):
         self.assertEqual(talk.hear(":s 001 fingerbot :Welcome").said(), ["JOIN #a,#b"])
         talk.store.set("moshez", "new")
         self.assertEqual(talk.pass_time(1).said(), [])
+        talk.hear(":fingerbot JOIN :#a").pass_time(1)  # as from a bouncer
+        self.assertEqual(talk.said(), ["PRIVMSG #a :moshez: new"])
 
     def test_each_kind_of_refusal_is_logged_once(self) -> None:
         joined = ":fingerbot!a@b JOIN #a"
@@ -4034,22 +4036,24 @@ class IrcSessionTest(Case):
         self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
         talk.pass_time(59).hear("PONG x").pass_time(89)
         self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
-        with self.assertRaisesRegex(fingerd.IrcFailure, "does not reply"):
+        with self.assertRaisesRegex(ConnectionError, "does not reply"):
             talk.pass_time(60)
-        with self.assertRaisesRegex(fingerd.IrcFailure, "registration takes too long"):
+        with self.assertRaisesRegex(ConnectionError, "registration takes too long"):
             Talk().pass_time(60)
 
     def test_any_line_is_survived(self) -> None:
         chance = random.Random(1)
-        words = [name[3:] for name in dir(fingerd.IrcSession) if name.startswith("on_")]
+        handlers = [name for name in dir(fingerd.IrcSession) if name.startswith("on_")]
+        words = [name.rpartition("_")[2] for name in handlers]
         parts = [b":", b" ", b"fingerbot", b"#a", b"!", b"\x01", b"@", b"=", b"\xff", b"*", b"LS"]
         for number in range(5000):
             if number % 100 == 0:
                 talk = Talk(channels=("#a",)).register()
             command = chance.choice(words).encode()
-            line = b":a!b@c " * chance.randrange(2) + command + b" " * chance.randrange(2)
+            line = chance.choice([b"", b":a!b@c ", b":fingerbot!b@c ", b":fingerbot "])
+            line += command + b" " * chance.randrange(2)
             line += b"".join(chance.choice(parts) for _ in range(chance.randrange(9)))
-            with contextlib.suppress(fingerd.IrcFailure):
+            with contextlib.suppress(ConnectionError):
                 talk.session.receive(line, talk.now)
 
 
@@ -4096,8 +4100,8 @@ class IrcOptionsTest(Case):
         secret = {"FINGERD_IRC_PASSWORD": "secret"}
         for words, environ, problem in [
             (["--irc", "a:b"], {}, "HOST"),
-            (["--irc", "a:0"], {}, "port"),
-            (["--irc", "a:65536"], {}, "port"),
+            (["--irc", "a:0"], {}, "PORT"),
+            (["--irc", "a:65536"], {}, "PORT"),
             (["--irc", "a", "--irc-nick", "1a"], {}, "nick"),
             (["--irc", "a", "--irc-channel", "a"], {}, "channel"),
             (["--irc", "a", "--irc-channel", "#a,b"], {}, "channel"),
@@ -4158,8 +4162,8 @@ class FakeServerTest(FakeServerCase):
         end.hear("CAP END")
         for byte in "PING :é\r\nPING b\n\r\n:ann!b@c PRIVMSG fingerbot :moshez\r\n".encode():
             end.sock.send(bytes([byte]))
-        for line in ("PONG é", "PONG b", "PRIVMSG ann :moshez: Happy and well"):
-            self.assertEqual(end.hear(), line)
+        self.assertEqual({end.hear(), end.hear()}, {"PONG é", "PONG b"})  # the later may overtake
+        self.assertEqual(end.hear(), "PRIVMSG ann :moshez: Happy and well")
 
     def test_garbage_and_floods_are_survived(self) -> None:
         self.start_bot(self.port)
