@@ -13,14 +13,14 @@ those with real clients, `python3 test_fingerd.py bench` measures.
     5. users file     UsersFileTest (and ReloaderTest, below)     services
     6. faces          FingerTest, SetterTest, WebTest,            answers, services
                       PrivateTest, XmlRpcTest, PlansTest
-    7. command line   CommandLineTest                             composition
+    7. command line   CommandLineTest                             command line
     8. real clients   RealClientsTest, BrowserTest                all
     9. IRC            IrcCodecTest, IrcSessionTest,               codecs, answers,
-                      IrcOptionsTest, FakeServerTest, TlsTest,    composition, services
+                      IrcOptionsTest, FakeServerTest, TlsTest,    command line, services
                       NgircdTest, InspircdTest,
                       HybridTest, ZncTest
     10. faults        DurabilityTest, PrivilegesTest,             store, services,
-                      HostileTest, FuzzTest, ReloaderTest,        composition
+                      HostileTest, FuzzTest, ReloaderTest,        command line
                       StopTest
     11. around it     ReplicasTest, SurroundingsTest,             all
                       TopLevelTest, SystemdTest
@@ -546,7 +546,7 @@ class Case(unittest.TestCase):
 # ================================================================================================
 
 SOURCE = FINGERD.read_text(encoding="utf-8")
-ROOMS = ["text", "codecs", "store", "answers", "services", "composition"]
+ROOMS = ["text", "codecs", "store", "answers", "services", "command line"]
 
 
 class Uses:
@@ -584,7 +584,7 @@ class Uses:
 class LawsTest(Case):
     def setUp(self) -> None:
         self.uses = Uses(SOURCE)
-        banners = re.finditer(r"^# =+\n# ([1-9])\. (\w+): .+\n# =+$", SOURCE, re.MULTILINE)
+        banners = re.finditer(r"^# =+\n# ([1-9])\. ([\w ]+): .+\n# =+$", SOURCE, re.MULTILINE)
         self.banners = [(match[2], SOURCE.count("\n", 0, match.start()) + 1) for match in banners]
 
     def room(self, line: int) -> int:
