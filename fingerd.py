@@ -33,7 +33,6 @@ import base64
 import collections
 import contextlib
 import datetime
-import errno
 import fcntl
 import functools
 import grp
@@ -66,7 +65,7 @@ import unicodedata
 import urllib.parse
 import xml.parsers.expat
 import xmlrpc.client
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 __version__ = "1.0"
 
@@ -2882,47 +2881,21 @@ class Unsettled(Exception):
     """The users file is being written, so it should be read a moment later."""
 
 
-def blocking_path(path: pathlib.Path) -> str:
-    """The first part of `path` that cannot be passed, and why."""
-    path = path.absolute()
-    for part in [*reversed(path.parents), path]:
-        try:
-            part.stat()
-        except OSError as problem:
-            return f"{part}: {problem.strerror}"
-        if not os.access(part, os.X_OK if part.is_dir() else os.R_OK):
-            return f"{part}: {os.strerror(errno.EACCES)}"
-    return f"{path}: cannot be read"
-
-
-def read_users(
-    read: Callable[[int], bytes], known: Mapping[str, str], expected: int | None = None
-) -> UsersFile:
-    """The users file, or list in JSON, whose next bytes each call of `read` returns; b"" ends it.
-
-    Raises UsersError if it is in UTF-16, too large, or incomplete: shorter than `expected` bytes.
-    """
-    begin = b"".join(itertools.islice(iter(lambda: read(1), b""), len(JSON_START)))
+def read_users(file: BinaryIO, known: Mapping[str, str]) -> UsersFile:
+    """The users in a file, or in a list in JSON; UsersError if it is too large or in UTF-16."""
+    if file.seek(0, os.SEEK_END) > MAX_FILE:
+        raise UsersError(f"larger than {MAX_FILE} bytes")
+    file.seek(0)
+    begin = file.read(len(JSON_START))
+    file.seek(0)
     if b"\0" in begin[:2] or begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UsersError("in UTF-16, not in UTF-8")
-    size, end = len(begin), begin[-2:]
-
-    def blocks() -> Iterator[bytes]:
-        nonlocal size, end
-        yield begin
-        for block in iter(lambda: read(BLOCK_BYTES), b""):
-            size, end = size + len(block), (end + block)[-2:]
-            if size > MAX_FILE:
-                raise UsersError(f"larger than {MAX_FILE} bytes")
-            yield block
-        if size < (expected or 0) or (is_json and end != b"]\n"):
-            raise UsersError(f"broke off after {size} bytes")
-
-    is_json = begin in (JSON_START, b"[]\n")
-    if is_json:
-        users = parse_json_list(blocks(), known, time.time())
+    most = MAX_FILE // BLOCK_BYTES + 1  # the file may grow meanwhile
+    blocks = itertools.islice(iter(lambda: file.read(BLOCK_BYTES), b""), most)
+    if begin in (JSON_START, b"[]\n"):
+        users = parse_json_list(blocks, known, time.time())
     else:
-        users = parse_users(clean_lines(blocks()), known)
+        users = parse_users(clean_lines(blocks), known)
     if len(users.texts) > MAX_USERS:
         raise UsersError(f"more than {MAX_USERS} users")
     return users
@@ -2932,11 +2905,8 @@ class FileSource:
     """The users file on disk."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self._path = path
+        self.name, self._path = str(path), path.absolute()
         self._seen: tuple[int, ...] = ()  # the signature of the file when it was read last
-
-    def __str__(self) -> str:
-        return str(self._path)
 
     @staticmethod
     def _signature(status: os.stat_result) -> tuple[int, ...]:
@@ -2959,39 +2929,19 @@ class FileSource:
                 raise Unsettled
             if not at_once and before == self._seen:
                 return None
-            if found.st_size > MAX_FILE:
-                raise UsersError(f"larger than {MAX_FILE} bytes")
             with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                users = read_users(file.read, known)
+                users = read_users(file, known)
                 after = self._signature(os.fstat(file.fileno()))
-        except OSError:
-            raise UsersError(blocking_path(self._path)) from None
+        except OSError as problem:
+            folders = reversed(self._path.parents)
+            closed = (folder for folder in folders if not os.access(folder, os.X_OK))
+            raise UsersError(f"{next(closed, self._path)}: {problem.strerror}") from None
         except UsersError as problem:
-            raise UsersError(f"{self._path}: {problem}") from None
+            raise UsersError(f"{self.name}: {problem}") from None
         if after != before and not at_once:
             raise Unsettled
         self._seen = after if after == before else ()
         return users._replace(modified=max(0.0, min(found.st_mtime, time.time())))
-
-
-class Incoming(io.RawIOBase):
-    """The bytes that arrive at `sock` until `deadline`, for http.client to read."""
-
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._sock.settimeout(left)
-        return self._sock.recv_into(buffer)
 
 
 def find_origin(url: str) -> tuple[str, str, int]:
@@ -3003,6 +2953,31 @@ def find_origin(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname, parts.port or default
 
 
+def http_get(
+    url: str, headers: Mapping[str, str], end: float
+) -> tuple[http.client.HTTPResponse, bytes]:
+    """The response to a GET and its body. TimeoutError if more arrives after `end` (monotonic)."""
+    scheme, host, port = find_origin(url)
+    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    target = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl()
+    received = bytearray()
+    with contextlib.closing(kind(host, port, timeout=FETCH_SECONDS / 2)) as connection:
+        connection.request("GET", target or "/", headers={**headers, "Connection": "close"})
+        for block in iter(lambda: connection.sock.recv(BLOCK_BYTES), b""):
+            received += block
+            if len(received) > MAX_FILE:
+                raise UsersError(f"larger than {MAX_FILE} bytes")
+            if time.monotonic() > end:
+                raise TimeoutError("timed out")
+    stand_in: Any = argparse.Namespace(makefile=lambda _mode: io.BytesIO(received))
+    response = http.client.HTTPResponse(stand_in)  # it needs no more of a socket
+    response.begin()
+    body = response.read(len(received))
+    if response.length:
+        raise UsersError(f"broke off after {len(body)} bytes")
+    return response, body
+
+
 class UrlSource:
     """A users file on a web server, usually the list of another fingerd.
 
@@ -3011,12 +2986,9 @@ class UrlSource:
     """
 
     def __init__(self, url: str, copy: pathlib.Path | None) -> None:
-        self._url, self._copy = url, copy
+        self.name, self._copy = url, copy
         self._conditions: dict[str, str] = {}  # headers that ask whether the list has changed
         self._last: UsersFile | None = None  # the list that `read` returned last
-
-    def __str__(self) -> str:
-        return self._url
 
     def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
         """The list, or None if it has not changed since it was read; raises UsersError.
@@ -3024,9 +2996,9 @@ class UrlSource:
         If `at_once`, it is transferred in any case. For the first call, the copy may replace it.
         """
         try:
-            users = self._fetch(known, {} if at_once else self._conditions)
+            users = self._parse(*self._fetch({} if at_once else self._conditions), known)
         except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
-            words = f"{self._url}: {clean(str(problem))[:MAX_STATUS]}"
+            words = f"{self.name}: {clean(str(problem))[:MAX_STATUS]}"
             if self._last or not self._copy or self._copy.is_symlink() or not self._copy.exists():
                 raise UsersError(words) from None
             log.warning("%s; starting with the copy in %s", words, self._copy)
@@ -3034,38 +3006,25 @@ class UrlSource:
         self._last = users or self._last
         return users
 
-    def _fetch(self, known: Mapping[str, str], conditions: Mapping[str, str]) -> UsersFile | None:
-        """As `read`, from the server; it may redirect to itself, MAX_REDIRECTS times.
+    def _fetch(self, conditions: Mapping[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
+        """The server's response, within FETCH_SECONDS or a little more; it may redirect to itself.
 
-        The transfer ends after FETCH_SECONDS; the look-up of the name has the resolver's limits.
+        The look-up of the server's name has the resolver's limits.
         """
-        deadline, url = time.monotonic() + FETCH_SECONDS, self._url
+        accept = "application/json, text/plain;q=0.5"
+        headers = {"User-Agent": f"fingerd/{__version__}", "Accept": accept, **conditions}
+        url, end = self.name, time.monotonic() + FETCH_SECONDS
         for _ in range(MAX_REDIRECTS + 1):
-            scheme, host, port = origin = find_origin(url)
-            if origin != find_origin(self._url):
+            if find_origin(url) != find_origin(self.name):
                 raise UsersError(f"redirects to another server: {url}")
-            kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-            connection = kinds[scheme](host, port, timeout=FETCH_SECONDS / 2)  # for each address
-            connection.connect()
-            with connection.sock as sock:
-                headers = {
-                    "User-Agent": f"fingerd/{__version__}",
-                    "Accept": "application/json, text/plain;q=0.5",
-                    "Connection": "close",
-                    **conditions,
-                }
-                target = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="")
-                connection.request("GET", target.geturl() or "/", headers=headers)
-                incoming: Any = Incoming(sock, deadline)  # it needs no more of a socket
-                answer = http.client.HTTPResponse(incoming)
-                answer.begin()
-                if answer.status not in (301, 302, 303, 307, 308):
-                    return self._read_answer(answer, known, bool(conditions))
-                url = urllib.parse.urljoin(url, answer.headers["Location"])
+            response, body = http_get(url, headers, end)
+            if response.status not in (301, 302, 303, 307, 308):
+                return response, body
+            url = urllib.parse.urljoin(url, response.headers["Location"])
         raise UsersError("redirects too often")
 
-    def _read_answer(
-        self, answer: http.client.HTTPResponse, known: Mapping[str, str], conditional: bool
+    def _parse(
+        self, response: http.client.HTTPResponse, body: bytes, known: Mapping[str, str]
     ) -> UsersFile | None:
         """The list in a 200, None for a 304 to a conditional request; UsersError for the rest.
 
@@ -3073,41 +3032,38 @@ class UrlSource:
         header, from the second in which it answers.
         """
         names = "Date", "ETag", "Last-Modified"
-        date, etag, last_modified = (answer.headers[name] or "" for name in names)
+        date, etag, last_modified = (response.headers[name] or "" for name in names)
         now, modified = time.time(), parse_http_time(last_modified or date) - bool(last_modified)
         if not 0 <= modified <= now + MAX_SKEW:
             modified, last_modified = now, ""
-        if answer.status == http.HTTPStatus.NOT_MODIFIED and conditional and self._last:
+        if response.status == http.HTTPStatus.NOT_MODIFIED and self._conditions and self._last:
             is_newer = last_modified and modified != self._last.modified
             return self._last._replace(modified=modified) if is_newer else None
-        if answer.status != http.HTTPStatus.OK:
-            raise UsersError(f"status {answer.status} instead of a list of users")
-        users = read_users(answer.read1, known, answer.length)._replace(modified=modified)
-        if answer.headers.get_content_type() == "text/html" or (users.problems and not users.texts):
+        if response.status != http.HTTPStatus.OK:
+            raise UsersError(f"status {response.status} instead of a list of users")
+        if body.startswith(JSON_START) and not body.endswith(b"]\n"):
+            raise UsersError(f"broke off after {len(body)} bytes")
+        users = read_users(io.BytesIO(body), known)._replace(modified=modified)
+        is_html = response.headers.get_content_type() == "text/html"
+        if is_html or (users.problems and not users.texts):
             raise UsersError("no list of users")
-        self._keep(users)
-        etag = etag if re.fullmatch("[!-~]{1,200}", etag) else ""
+        self._keep(body, modified)
         conditions = {"If-None-Match": etag, "If-Modified-Since": last_modified}
         self._conditions = {name: value for name, value in conditions.items() if value}
         return users
 
-    def _keep(self, users: UsersFile) -> None:
-        """Replace the copy, if one is kept, by `users`; if that fails, the old one remains."""
+    def _keep(self, body: bytes, modified: float) -> None:
+        """Replace the copy, if one is kept, by `body`; if that fails, the old one remains."""
         if not self._copy:
             return
-        texts, dates, ends = users.texts, users.dates, users.ends
-        lines: Iterator[str] = itertools.starmap(format_users_line, texts.items())
-        if dates is not None:
-            lines = json_list(json_status(u, texts[u], dates[u], ends.get(u)) for u in texts)
         new = self._copy.with_name(self._copy.name + ".new")
         try:
             new.unlink(missing_ok=True)
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.writelines(lines)
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(body)
                 file.flush()
                 os.fsync(file.fileno())
-            os.utime(new, (users.modified, users.modified))
+            os.utime(new, (modified, modified))
             os.replace(new, self._copy)
         except OSError as problem:
             log.warning("cannot keep a copy of the users file: %s", problem)
@@ -3131,12 +3087,11 @@ class Reloader(threading.Timer):
 
     def run(self) -> None:
         """Look at the file at every tick and when woken, until cancelled."""
-        while not self.finished.is_set():
+        while not self.finished.wait(0.1):  # signals may come faster
             self._woken.wait(self.interval)
             self._woken.clear()
             while not (self.finished.is_set() or self.look()):
                 self.finished.wait(SETTLE_SECONDS)
-            self.finished.wait(0.1)  # signals may come faster
 
     def cancel(self) -> None:
         """End the thread."""
@@ -3170,9 +3125,9 @@ class Reloader(threading.Timer):
         except Exception as problem:
             complaint = str(problem) or repr(problem)
         if complaint and complaint != self._complaint:
-            log.error("%s; the last content of %s stays in force", complaint, self._source)
+            log.error("%s; the last content of %s stays in force", complaint, self._source.name)
         elif self._complaint and not complaint:
-            log.info("%s can be read again", self._source)
+            log.info("%s can be read again", self._source.name)
         self._complaint = complaint
         return True
 
@@ -3191,24 +3146,17 @@ class Reloader(threading.Timer):
             when = users.modified if has_times or not now.version else time.time()
             is_new = self._store.replace_file(users.texts, when, users.dates, users.ends)
             if is_new or users.problems != self._problems:
-                self._problems = users.problems
+                name, self._problems = self._source.name, users.problems
                 for problem in users.problems:
-                    log.warning("%s:%s", self._source, problem)
+                    log.warning("%s:%s", name, problem)
                 told = sum(map(bool, users.texts.values()))
-                log.info("%s: %d users, %d with a status", self._source, len(users.texts), told)
+                log.info("%s: %d users, %d with a status", name, len(users.texts), told)
 
 
-class Expirer(threading.Timer):
-    """Takes back the messages that have expired, within a second or two."""
-
-    def __init__(self, store: StatusStore) -> None:
-        super().__init__(1.0, lambda: store.expire(time.time()))
-        self.daemon, self.name = True, "expirer"
-
-    def run(self) -> None:
-        """Look at the clock again and again until cancelled."""
-        while not self.finished.wait(self.interval):
-            self.function()
+def expire_messages(store: StatusStore, finished: threading.Event) -> None:
+    """Take back messages within a second or two after they expire, until `finished` is set."""
+    while not finished.wait(1.0):
+        store.expire(time.time())
 
 
 # ---- plans -------------------------------------------------------------------------------------
@@ -3746,7 +3694,7 @@ def check(source: FileSource | UrlSource) -> int:
     warnings = [f"{warning} (a warning)" for warning in users.repeated + cased]
     with open(1, "w", errors="backslashreplace", closefd=False) as out:  # in any locale
         for line in users.problems + warnings:
-            print(f"{source}:{line}", file=out)
+            print(f"{source.name}:{line}", file=out)
         if not users.problems:
             found = f"{len(warnings)} warnings" if warnings else "no problems"
             print(f"{len(users.texts)} users, {found}", file=out)
@@ -3879,7 +3827,8 @@ def run(options: argparse.Namespace) -> None:
     except OSError as problem:
         raise StartError(f"cannot start: {problem.strerror or problem}") from None
     limit_connections(servers)
-    timers = reloader, Expirer(store)
+    ends = store, reloader.finished
+    expirer = threading.Thread(target=expire_messages, args=ends, name="expirer", daemon=True)
     threads = [threading.Thread(target=each.run, name=each.name, daemon=True) for each in servers]
     threads += [bot] if bot else []
 
@@ -3887,7 +3836,7 @@ def run(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process, like SIGTERM
     # Beside a busy thread, a loop falls from 7,700 answers/s to 2,100; at Python's 5 ms to 69.
     sys.setswitchinterval(1e-4)
-    for thread in (*threads, *timers):
+    for thread in (*threads, reloader, expirer):
         thread.start()
     notify("READY=1")
     log.info("ready")
@@ -3899,8 +3848,7 @@ def run(options: argparse.Namespace) -> None:
     deadline = time.monotonic() + STOP_SECONDS
     if bot:
         bot.stopping.set()
-    for timer in timers:
-        timer.cancel()
+    reloader.cancel()
     for server in servers:
         server.shutdown()
     for thread in threads:
