@@ -223,26 +223,21 @@ class UsersFile(NamedTuple):
     ends: dict[str, float] = {}  # until when, for those that will be taken back
 
 
-NOT_UTF_8 = re.compile("[\udc80-\udcff]")  # how surrogateescape decodes other bytes
-
-
 def clean_lines(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """The lines in a stream, each cleaned and with its problem, "" if it is UTF-8.
-
-    One that is far longer than MAX_FILE_LINE is cut, but not below it.
-    """
+    """The lines in a stream, each cleaned, and its problem or ""; one that is too long is cut."""
     rest = b""
     for block in itertools.chain(blocks, [b"\n"]):
         ended, newline, begun = block.rpartition(b"\n")
         if newline:
             text, rest = (rest + ended).decode("utf-8", "surrogateescape"), begun
-            lines = text.split("\n")
-            problems: Iterable[str] = itertools.repeat("")
-            if NOT_UTF_8.search(text):
-                problems = ("not UTF-8" if NOT_UTF_8.search(line) else "" for line in lines)
             is_printable = text.replace("\n", "").isprintable()
             is_clean = is_printable and unicodedata.is_normalized("NFC", text)
-            yield from zip(lines if is_clean else map(clean, lines), problems)
+            for line in text.split("\n"):
+                if is_clean:
+                    yield line, ""
+                else:  # a surrogate stands for a byte that is not UTF-8
+                    is_utf_8 = not re.search("[\udc80-\udcff]", line)
+                    yield clean(line), "" if is_utf_8 else "not UTF-8"
         else:
             rest = (rest + block)[: 4 * MAX_FILE_LINE + 4]
 
@@ -280,11 +275,6 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
     if bad_lines > MAX_PROBLEMS:
         problems.append(f" ... and {bad_lines - MAX_PROBLEMS} more bad lines")
     return UsersFile(texts, problems, repeated)
-
-
-def format_users_line(name: str, text: str) -> str:
-    """The line of a users file for this user."""
-    return f"{name}: {text}\n"
 
 
 # ---- finger (RFC 1288) -------------------------------------------------------------------------
@@ -448,8 +438,7 @@ def iso_time(when: float) -> str:
 
 def parse_iso_time(text: str) -> float:
     """The time in a text of iso_time; raises ValueError if it is another text."""
-    when = datetime.datetime.fromisoformat(text.rstrip("Z"))
-    return when.replace(tzinfo=datetime.timezone.utc).timestamp()
+    return datetime.datetime.fromisoformat(text.rstrip("Z") + "+00:00").timestamp()
 
 
 def plain_time(when: float) -> str:
@@ -1481,12 +1470,6 @@ class Policy(NamedTuple):
 # ---- finger ------------------------------------------------------------------------------------
 
 
-def is_this_machine(host: str, policy: Policy, reached: str) -> bool:
-    """Whether `host` in a query names this machine, which the client reached at `reached`."""
-    host = host.lower().rstrip(".")
-    return host in policy.hostnames or (host != "" and host.strip("[]") == reached)
-
-
 def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
     """Everybody, as much of it as fits into MAX_LISTING bytes."""
     if policy.private:
@@ -1513,8 +1496,10 @@ def finger_answer(
     """
     if query.too_long:
         return "Query too long\r\n"
-    if query.host is not None and not is_this_machine(query.host, policy, reached):
-        return "Finger forwarding service denied\r\n"
+    if query.host is not None:
+        host = query.host.lower().rstrip(".")
+        if not host or (host not in policy.hostnames and host.strip("[]") != reached):
+            return "Finger forwarding service denied\r\n"
     if not query.user:
         return finger_listing(now, query.long, policy)
     user = now.find(query.user)
@@ -1722,7 +1707,7 @@ class WebAnswers:
         if view.format == "html":
             texts: Iterable[str] = [list_html(now, view.by_name, self._base, policy)]
         elif view.format == "text":
-            texts = (format_users_line(user, status.text) for user, status in now.users())
+            texts = (f"{user}: {status.text}\n" for user, status in now.users())
         elif view.format == "json":
             texts = json_list(json_status(user, *status) for user, status in now.users())
         else:
