@@ -892,10 +892,6 @@ class IrcLine(NamedTuple):
     command: str
     params: list[str]
 
-    @property
-    def nick(self) -> str:
-        return self.source.partition("!")[0]
-
     def param(self, index: int) -> str:
         """The parameter at `index`, or "" if there are fewer."""
         return self.params[index] if index < len(self.params) else ""
@@ -1979,21 +1975,19 @@ class IrcSession:
         self.now, self.deadline = now, now + IRC_REGISTER_SECONDS
         if self.options.password and (self.options.certificate or not self.options.account):
             self.send("PASS", self.options.password)
-        self.send("CAP", "REQ", "message-tags")  # one of them marks bots
         if not self.logged_in:
             self.send("CAP", "REQ", "sasl")
         self.send("NICK", self.nick)
         self.send("USER", "fingerd", "0", "*", "A bot, the finger service: send it a user's name")
-        if self.logged_in:
-            self.send("CAP", "END")
 
     def receive(self, raw: bytes, now: float) -> None:
         """Handle a line, which may contain anything."""
         self.now = now
         line = parse_irc_line(raw)
-        is_ours = self.is_me(line.nick)
-        if is_ours and "!" in line.source:  # some bouncers leave out the rest
-            self.mask = line.source.partition("!")[2]
+        nick, _, user_host = line.source.partition("!")
+        is_ours = self.is_me(nick)
+        if is_ours and user_host:  # some bouncers leave it out
+            self.mask = user_host
         if re.fullmatch("[459][0-9]{2}", line.command):
             self.note_refusal(line)
         handler = getattr(self, f"on_our_{line.command}" if is_ours else f"on_{line.command}", None)
@@ -2006,7 +2000,12 @@ class IrcSession:
         """Do what is due at `now`."""
         self.now = now
         if now >= self.deadline:
-            self.check_silence()
+            if not self.registered:
+                raise ConnectionError("the registration takes too long")
+            if self.pinged:
+                raise ConnectionError("the server does not reply")
+            self.pinged, self.deadline = True, now + IRC_ANSWER_SECONDS
+            self.send("PING", "fingerd")
         if now >= self.nick_due:
             self.nick_due = now + IRC_SILENCE_SECONDS
             if not self.is_me(self.options.nick):
@@ -2016,14 +2015,6 @@ class IrcSession:
         # While lines wait, changes wait too: later they are one burst, not a longer queue.
         if any(channel.joined for channel in self.channels.values()) and not self.queue:
             self.announce()
-
-    def check_silence(self) -> None:
-        if not self.registered:
-            raise ConnectionError("the registration takes too long")
-        if self.pinged:
-            raise ConnectionError("the server does not reply")
-        self.pinged, self.deadline = True, self.now + IRC_ANSWER_SECONDS
-        self.send("PING", "fingerd")
 
     def take(self, now: float) -> bytes:
         """The lines that may be sent now, at the pace of RFC 1459, section 8.10."""
@@ -2053,9 +2044,8 @@ class IrcSession:
 
     def quote(self, *words: str) -> str:
         """The server's words for the log, with *** for secrets, and for long parts of one."""
-        text = clean(" ".join(words))
-        parts = re.findall(r"[\w+/=]{8,}", text)
-        parts = [part for part in parts if any(part in secret for secret in self.secrets)]
+        text, known = clean(" ".join(words)), " ".join(self.secrets)
+        parts = [part for part in re.findall(r"[\w+/=]{8,}", text) if part in known]
         for secret in sorted([*self.secrets, *parts], key=len, reverse=True):
             text = text.replace(secret, "***")
         return text[:IRC_QUOTED]
@@ -2110,6 +2100,7 @@ class IrcSession:
         self.nick_due = self.now + IRC_SILENCE_SECONDS
         self.version = self.store.version
         self.report(f"registered as {self.quote(self.nick)}")
+        self.send("CAP", "REQ", "message-tags")  # one of them marks bots
         for channel in self.channels.values():  # a bouncer may have connected to its server again
             channel.joined, channel.due = False, self.now
         self.join()
@@ -2167,10 +2158,9 @@ class IrcSession:
             when = "after an INVITE" if kicked else f"in {IRC_SILENCE_SECONDS:.0f} s"
             self.report(f"out of {channel.name} ({words}); next attempt {when}")
 
-    on_our_PART = on_KICK
+    on_our_PART = on_our_KICK = on_KICK
 
     def on_INVITE(self, line: IrcLine) -> None:
-        """Follow an invitation to a configured channel, and no other."""
         channel = self.channel(line.param(1))
         if channel and self.is_me(line.param(0)) and self.within_limit(line):
             channel.due = self.now
@@ -2184,7 +2174,7 @@ class IrcSession:
             return
         reply = self.finger_reply(text, private)
         if reply and self.within_limit(line):
-            self.say(line.nick if private else target, reply)
+            self.say(line.source.partition("!")[0] if private else target, reply)
 
     def finger_reply(self, text: str, private: bool) -> str:
         """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
