@@ -81,7 +81,7 @@ MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_ROWS = 50_000  # of the kernel's table of sockets, to find the account of a client
 MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
 MAX_LISTING = 100_000  # bytes of a finger listing
-MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
+MAX_HTTP_LINE = 8_192  # bytes of a request line
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
 REFRESH_SECONDS = 30  # after which a page reloads, if its reader wants that
 MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take 90 ms
@@ -509,15 +509,15 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     host = headers.get("host", "missing!" if http_1_1 else "")
     length = headers.get("content-length", "0")
     # If there are two, a comma stands between them.
-    if (host and not re.fullmatch(HOST, host)) or not re.fullmatch("[0-9]+", length):
+    if (host and not re.fullmatch(HOST, host)) or not re.fullmatch("[0-9]{1,99}", length):
         return 400
     if "transfer-encoding" in headers:
-        codings = [coding.strip() for coding in headers["transfer-encoding"].lower().split(",")]
-        if not http_1_1 or "content-length" in headers or "chunked" in codings[:-1]:
+        coding = headers["transfer-encoding"].lower()
+        if not http_1_1 or "content-length" in headers or re.search("chunked[ \t]*,", coding):
             return 400
-        if codings != ["chunked"]:
+        if coding != "chunked":
             return 501
-    if len(length.lstrip("0")) > 9 or int(length.lstrip("0") or "0") > MAX_BODY:
+    if int(length) > MAX_BODY:
         return 413
     return 417 if headers.get("expect", "100-continue").lower() != "100-continue" else 0
 
@@ -525,29 +525,29 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
 def parse_complete_head(line: re.Match[bytes], fields: bytes, size: int) -> HttpHead:
     """The request in a head of `size` bytes, given its first line and its headers."""
     method, target, major, minor = (part.decode("latin-1") for part in line.groups())
-    if not _HEADERS.fullmatch(fields):
-        return HttpHead(400)
+    place, http_1_1 = _TARGET.fullmatch(target), minor != "0"
     if major != "1":
         return HttpHead(505)
+    if not (place and _HEADERS.fullmatch(fields)):
+        return HttpHead(400)
     headers: dict[str, str] = {}
     for field in fields.decode("latin-1").split("\n")[:-1]:
         name, _, value = field.partition(":")
         name, value = name.lower(), value.strip(" \t\r")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    http_1_1 = minor != "0"
-    problem, place = header_problem(headers, http_1_1), _TARGET.fullmatch(target)
-    if problem or not (place or method == "CONNECT" or (method, target) == ("OPTIONS", "*")):
-        return HttpHead(problem or 400)
-    if place and place[1]:  # a target in absolute form (section 3.2.2)
+    problem = header_problem(headers, http_1_1)
+    if problem:
+        return HttpHead(problem)
+    if place[1]:  # a target in absolute form (section 3.2.2)
         headers["host"] = place[1]
     tokens = [token.strip().lower() for token in headers.get("connection", "").split(",")]
     return HttpHead(
         size=size,
         method=method,
-        path=place[2] or "/" if place else "*",
-        query=place[3] or "" if place else "",
+        path=place[2] or "/",
+        query=place[3] or "",
         headers=headers,
-        length=int(headers.get("content-length", "").lstrip("0") or "0"),
+        length=int(headers.get("content-length", "0")),
         chunked="transfer-encoding" in headers,
         http_1_1=http_1_1,
         keep="close" not in tokens and (http_1_1 or "keep-alive" in tokens),
@@ -562,11 +562,7 @@ def parse_http_head(data: bytes) -> HttpHead | None:
     first, newline, fields = data[begin : end.start() + 1 if end else size].partition(b"\n")
     if len(first.rstrip(b"\r")) > MAX_HTTP_LINE:
         return HttpHead(414)
-    if size > MAX_HTTP_LINE:
-        longest = max(len(field.rstrip(b"\r")) for field in fields.split(b"\n"))
-        if size > MAX_HTTP_HEAD or longest > MAX_HTTP_LINE:
-            return HttpHead(431)
-    if fields.count(b"\n") > MAX_HEADERS:
+    if size > MAX_HTTP_HEAD or fields.count(b"\n") > MAX_HEADERS:
         return HttpHead(431)
     line = _REQUEST_LINE.fullmatch(first)
     if newline and not line:  # also a line of HTTP/0.9, which has no headers to wait for
@@ -836,10 +832,10 @@ XML_ENCODINGS = re.compile(
 def xml_encoding(body: bytes, content_type: str) -> str:
     """The name of the encoding of an XML document, in lower case.
 
-    A byte order mark decides, then the document's declaration, then Content-Type (RFC 7303).
+    Bytes of UTF-16 decide, then the document's declaration, then Content-Type (RFC 7303).
     """
-    if b"\0" in body[:2] or body[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return {b"<\0": "utf-16le", b"\0<": "utf-16be"}.get(body[:2], "utf-16")
+    if b"\0" in body[:4]:
+        return "utf-16"  # in either byte order
     declared = _XML_ENCODING.match(body)
     charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", content_type, re.IGNORECASE)
     name = declared[1].decode("latin-1") if declared else charset[1] if charset else "utf-8"
@@ -1788,6 +1784,7 @@ def web_response(head: HttpHead, page: Page, now: float) -> tuple[int, list[byte
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
 LIST_USERS = RpcCall("listUsers")
+LONG_CALLS = ("getPlan", "listUsers", "system.multicall")
 RPC_TIME = "%Y%m%dT%H:%M:%S"
 RPC_TYPES = {  # of each method's result, then of its parameters
     "getPlan": ["string", "string"],
@@ -1806,26 +1803,18 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     `page` takes the place of the library's `_marshaled_dispatch`: a call is parsed by
     `parse_rpc_call`, which refuses a DOCTYPE, and a fault never holds a Python exception. What is
-    overridden below adds limits and checks the types of parameters.
+    overridden below adds limits and checks the types of parameters. The library's methodHelp shows
+    the docstrings.
     """
 
     def __init__(self, store: StatusStore, policy: Policy, read_plan: Callable[[str], str]) -> None:
         super().__init__()
         self._store, self._policy, self._read_plan = store, policy, read_plan
         self._listed: tuple[int, Page] | None = None  # the store's version, and its listUsers
-        self.register_function(self._get_plan, "getPlan")
-        self.register_function(self._get_status, "getStatus")
-        self.register_function(self._get_user, "getUser")
-        self.register_function(self._list_users, "listUsers")
+        for function in (self.getPlan, self.getStatus, self.getUser, self.listUsers):
+            self.register_function(function)
         self.register_introspection_functions()
         self.register_multicall_functions()
-
-    def is_long(self, call: RpcCall) -> bool:
-        """Whether `page` takes long: a plan, many calls at once, or a list that must be made."""
-        if call != LIST_USERS:
-            return call.method in ("getPlan", "system.multicall")
-        now = self._store.snapshot()
-        return now.size() > MAX_SHORT_LIST and (self._listed or (-1,))[0] != now.version
 
     def page(self, call: RpcCall) -> Page:
         """The response to a call; the one to listUsers is made once for a version of the store."""
@@ -1853,13 +1842,11 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
             raise xmlrpc.client.Fault(INVALID_PARAMS, f"wrong parameters (expected: {wanted})")
         return super()._dispatch(method, params)
 
-    # The library's methodHelp shows the docstrings of the methods below.
-
-    def _get_plan(self, name: Any) -> Any:
+    def getPlan(self, name: Any) -> Any:
         """The user's plan, or an empty string."""
         return self._read_plan(clean(name))
 
-    def _get_status(self, name: Any) -> Any:
+    def getStatus(self, name: Any) -> Any:
         """The user's status, and its times in UTC; a fault if there is none."""
         now = self._store.snapshot()
         user = now.find(clean(name))
@@ -1870,12 +1857,12 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         dates = {k: xmlrpc.client.DateTime(format_utc(t, RPC_TIME)) for k, t in times.items() if t}
         return {"user": user, "status": status.text, **dates}
 
-    def _get_user(self, name: Any) -> Any:
+    def getUser(self, name: Any) -> Any:
         """The user's status, or "No such user"."""
         now = self._store.snapshot()
         return now.text(now.find(clean(name))) or NO_SUCH_USER
 
-    def _list_users(self) -> Any:
+    def listUsers(self) -> Any:
         """The users and their statuses; at most 10,000 of them."""
         if self._policy.private:
             raise xmlrpc.client.Fault(DENIED, "Finger online user list denied")
@@ -1895,7 +1882,6 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         return [self._one_of_many(call) for call in call_list]
 
     def _one_of_many(self, call: Any) -> Any:
-        """The result, in a list, or the fault of one call of a multicall."""
         call = call if isinstance(call, dict) else {}
         name, params = call.get("methodName"), call.get("params")
         try:
@@ -2796,7 +2782,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         if len(body) > MAX_SHORT_CALL:
             return lambda: rpc.page(parse_rpc_call(body, content_type))
         call = parse_rpc_call(body, content_type)
-        return functools.partial(rpc.page, call) if rpc.is_long(call) else rpc.page(call)
+        return (lambda: rpc.page(call)) if call.method in LONG_CALLS else rpc.page(call)
 
     def do_OPTIONS(self) -> Page:
         """The answer to a browser that asks for the page of another origin."""
@@ -2821,16 +2807,17 @@ class WebServer(Server):
         head = parse_http_head(received)
         if head is None:
             return None
-        body, refusal = parse_http_body(head, received), self.answers.refusal(head)
+        body = parse_http_body(head, received)
+        if body and body.problem:
+            head = HttpHead(body.problem)
+        refusal = self.answers.refusal(head)
         if body is None:
             if not ("expect" in head.headers and head.http_1_1 and len(received) == head.size):
                 return None
             if not refusal:
                 return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
             body, head = HttpBody(), head._replace(keep=False)  # the client need not send it
-        if body.problem:
-            refusal = error_page(body.problem)
-        if body.problem or len(self.connections) > self.ceiling * 7 // 8:
+        if len(self.connections) > self.ceiling * 7 // 8:
             head = head._replace(keep=False)
 
         def respond(page: Page) -> Reply:

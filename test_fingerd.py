@@ -1056,7 +1056,6 @@ class CodecsTest(Case):
         ),
         (raw("GET //a HTTP/1.1", "Host: h"), {"path": "//a"}),
         (raw("GET /zo\xc3\xa9\x85\xa0 HTTP/1.1", "Host: h"), {"path": "/zo\xc3\xa9\x85\xa0"}),
-        (raw("OPTIONS * HTTP/1.1", "Host: h"), {"method": "OPTIONS", "path": "*"}),
         (raw("g3t! / HTTP/1.1", "Host: h"), {"method": "g3t!"}),
         (raw("GET / HTTP/1.0"), {"headers": {}, "http_1_1": False, "keep": False}),
         (
@@ -1080,8 +1079,8 @@ class CodecsTest(Case):
             {"length": 65536, "headers": {"host": "h", "content-length": "065536"}},
         ),
         (
-            raw("GET / HTTP/1.1", "Host: h", "Content-Length: " + "0" * 5_000),
-            {"headers": {"host": "h", "content-length": "0" * 5_000}},
+            raw("GET / HTTP/1.1", "Host: h", "Content-Length: " + "0" * 99),
+            {"headers": {"host": "h", "content-length": "0" * 99}},
         ),
         (
             raw("GET / HTTP/1.1", "Host: h", "Transfer-Encoding:\tChunked "),
@@ -1224,10 +1223,11 @@ class CodecsTest(Case):
             (400, ["GET / HTTP/1.0", "Transfer-Encoding: chunked"]),
             *((501, [get, host, f"Transfer-Encoding: {coding}"]) for coding in self.OTHER_CODINGS),
             (413, [get, host, "Content-Length: 65537"]),
-            (413, [get, host, "Content-Length: " + "9" * 5000]),
+            (413, [get, host, "Content-Length: " + "9" * 99]),
+            (400, [get, host, "Content-Length: " + "9" * 5000]),
             (417, [get, host, "Expect: a miracle"]),
             (414, ["GET /" + "x" * 8192 + " HTTP/1.1", host]),
-            (431, [get, host, "X: " + "x" * 8190]),
+            (431, [get, host, "X: " + "x" * 16_384]),
             (431, [get, host, *["X: " + "x" * 5000] * 4]),
             (431, [get, host, *["X:"] * 100]),
         ]
@@ -2410,7 +2410,7 @@ class WebTest(SharedCase):
             (200, True, post(CALL)),
             (405, True, post(CALL, target="/moshez")),
             (405, True, request(method="PUT", body=b"x" * 65536)),
-            (405, True, request("*", method="OPTIONS")),
+            (400, False, request("*", method="OPTIONS")),
             (501, True, request(method="BREW")),
             (501, True, request(method="get")),
             (406, True, request("/", "Accept: image/png")),
@@ -2443,7 +2443,7 @@ class WebTest(SharedCase):
             (501, False, post(b"", "Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n"),
             (413, False, post(b"", "Content-Length: 65537") + b"x" * 99),
             (414, False, request("/" + "x" * 9000)),
-            (431, False, request("/", "X: " + "x" * 9000)),
+            (431, False, request("/", "X: " + "x" * 17_000)),
             (417, False, post(b"x", "Expect: miracles")),
         ]
         for status, kept, data in rows:
