@@ -139,7 +139,6 @@ IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for ea
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
 IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends more is ignored
 IRC_ASKERS = 1_000  # user@hosts whose queries are counted
-IRC_QUOTED = 200  # characters of the server's words in a log line
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
 IRC_CONNECT_SECONDS = 15.0  # for each address, and for the TLS handshake
 IRC_REGISTER_SECONDS = 60.0  # for the registration, SASL included
@@ -2034,7 +2033,7 @@ class IrcSession:
         parts = [part for part in re.findall(r"[\w+/=]{8,}", text) if part in known]
         for secret in sorted([*self.secrets, *parts], key=len, reverse=True):
             text = text.replace(secret, "***")
-        return text[:IRC_QUOTED]
+        return text[:200]
 
     def on_PING(self, line: IrcLine) -> None:
         self.queue.appendleft(format_irc_line("PONG", line.param(0)))
@@ -3398,10 +3397,10 @@ def find_identity(run_as: str) -> tuple[int, int]:
     """The uid and the gid of USER[:GROUP], each a name or a number."""
     user, _, group = run_as.partition(":")
     try:
-        uid = int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
+        uid, gid = (int(user), int(user)) if user.isdigit() else pwd.getpwnam(user)[2:4]
         if group:
-            return uid, int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-        return uid, uid if user.isdigit() else pwd.getpwnam(user).pw_gid
+            gid = int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+        return uid, gid
     except (KeyError, ValueError):
         raise StartError(f"--run-as: no such user or group: {run_as!a}") from None
 
@@ -3475,14 +3474,6 @@ def parse_address(text: str, host: str = "") -> Address | None:
     if not match or int(match[3]) > 65535:
         raise argparse.ArgumentTypeError(f"{text!a} is not PORT, HOST:PORT, [IPV6]:PORT or off")
     return Address(match[1] or match[2] or host, int(match[3]))
-
-
-def seconds(text: str) -> float:
-    """A number above 0; of other text argparse says `invalid seconds value`."""
-    number = float(text)
-    if not 0 < number <= threading.TIMEOUT_MAX:
-        raise ValueError
-    return number
 
 
 def parse_public_url(text: str) -> str:
@@ -3612,7 +3603,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--plans", metavar="DIR", help="show plans: DIR/USER, or for `home` each person's ~/.plan")
     add = parser.add_argument_group("how to run").add_argument
     text = "seconds between checks of the users file (default: 30)"
-    add("--interval", metavar="S", type=seconds, default=30.0, help=text)
+    add("--interval", metavar="S", type=float, default=30.0, help=text)
     add(
         "--state",
         metavar="FILE",
@@ -3621,6 +3612,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--run-as", metavar="USER[:GROUP]", help="drop root privileges to this user (default: 1:1)")
     add_irc_options(parser)
     options = parser.parse_args(arguments)
+    if not 0 < options.interval <= threading.TIMEOUT_MAX:
+        parser.error("argument --interval: not above 0, or too long")
     for name, default in DEFAULT_ADDRESSES.items():
         addresses = getattr(options, name) or [parse_address(default)]
         if None in addresses and len(addresses) > 1:

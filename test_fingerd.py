@@ -3224,8 +3224,10 @@ class CommandLineTest(Case):
             ("--web 65536 u", "--web: '65536' is not PORT"),
             ("--web off --web 8000 u", "--web: off together with another address"),
             ("--setter 1079 --setter off u", "--setter: off together with another address"),
-            ("--interval 0 u", "--interval: invalid seconds value: '0'"),
-            ("--interval nan u", "--interval: invalid seconds value: 'nan'"),
+            ("--interval x u", "--interval: invalid float value: 'x'"),
+            ("--interval 0 u", "--interval: not above 0"),
+            ("--interval nan u", "--interval: not above 0"),
+            ("--interval inf u", "--interval: not above 0, or too long"),
             ("--public-url ftp://x u", "--public-url: 'ftp://x' is not an http"),
         ):
             with self.subTest(wrong):
