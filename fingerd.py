@@ -161,7 +161,7 @@ UNPRINTABLE = (
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL, C1
     "\u2028\u2029"  # line and paragraph separators
     "\u202a-\u202e\u2066-\u2069"  # bidirectional embeddings, overrides and isolates
-    "\ufeff"  # the byte order mark
+    "\u00ad\u180e\u200b\u2060-\u2064\ufeff"  # what nobody can see, the byte order mark included
     "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"  # lone surrogates, noncharacters
 )
 
@@ -321,8 +321,9 @@ def parse_plan(data: bytes) -> str:
     if last and len(data) <= MAX_PLAN:
         lines.append(last)
     is_cut = len(data) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
-    lines = [printable(line.expandtabs()) for line in lines[:MAX_PLAN_LINES]]
-    return "\n".join(lines + ["... (cut)"] * is_cut)
+    text = "\n".join(printable(line.expandtabs()) for line in lines[:MAX_PLAN_LINES])
+    is_cut = is_cut or len(text) > MAX_PLAN  # by expanded tabs
+    return text[:MAX_PLAN] + ("\n" * bool(text) + "... (cut)") * is_cut
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
@@ -358,10 +359,11 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
         return Setting("", "", "too long")
     if not newline and not ended:
         return None
-    line, text = decode(first).rstrip("\r"), clean(decode(second))
-    user, colon, time_words = map(str.strip, clean(line).partition(":"))
+    line = decode(first[:MAX_QUERY]).rstrip("\r")
+    who = clean(line)
+    user, colon, time_words = map(str.strip, who.partition(":"))
     problem = name_problem(user)
-    if GREETINGS.match(clean(line)):
+    if GREETINGS.match(who):
         problem = "the first line belongs to another protocol"
     if re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
         problem = "the first line holds a control character"
@@ -369,6 +371,7 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
         return Setting("", "", problem)
     if not complete and not ended:
         return None
+    text = clean(decode(second))
     problem = status_problem(text) if rest else "no status line"
     return Setting(user, text, problem, time_words if colon else None)
 
@@ -617,7 +620,8 @@ def format_http_head(status: int, headers: Mapping[str, str]) -> bytes:
 
 def path_user(path: str) -> str:
     """The user whom a request's path names: all of it, percent-encoded UTF-8."""
-    return clean(decode(urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))))
+    raw = urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))
+    return clean(decode(raw[:MAX_QUERY]))
 
 
 # ---- pages -------------------------------------------------------------------------------------
@@ -660,7 +664,7 @@ def choose_format(accept: str) -> str:
 
 def parse_view(query: str, accept: str) -> View:
     """How a request with this query and this Accept header wants to see a page."""
-    asked = urllib.parse.parse_qs(query) if query else {}
+    asked = urllib.parse.parse_qs(query[:MAX_QUERY]) if query else {}
     name = asked["format"][-1] if "format" in asked else choose_format(accept or "*/*")
     if name != "html":
         return View(name if name in FORMATS else "")
@@ -771,7 +775,7 @@ def html_status(text: str) -> str:
 
 def json_status(user: str, text: str, since: float, until: float | None, plan: str = "") -> str:
     """A user's status as a JSON object, with the plan if there is one; null for no time."""
-    times = {"since": iso_time(since) if since else None, "until": until and iso_time(until)}
+    times = {"since": iso_time(since) if text else None, "until": until and iso_time(until)}
     more = {"plan": plan} if plan else {}
     return json.dumps({"user": user, "status": text, **times, **more}, ensure_ascii=False)
 
@@ -1843,12 +1847,12 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def getPlan(self, name: Any) -> Any:
         """The user's plan, or an empty string."""
-        return self._read_plan(clean(name))
+        return self._read_plan(clean(name[:MAX_QUERY]))
 
     def getStatus(self, name: Any) -> Any:
         """The user's status, and its times in UTC; a fault if there is none."""
         now = self._store.snapshot()
-        user = now.find(clean(name))
+        user = now.find(clean(name[:MAX_QUERY]))
         status = now.get(user)
         if status is None:
             raise xmlrpc.client.Fault(DENIED, NO_SUCH_USER)
@@ -1859,7 +1863,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
     def getUser(self, name: Any) -> Any:
         """The user's status, or "No such user"."""
         now = self._store.snapshot()
-        return now.text(now.find(clean(name))) or NO_SUCH_USER
+        return now.text(now.find(clean(name[:MAX_QUERY]))) or NO_SUCH_USER
 
     def listUsers(self) -> Any:
         """The users and their statuses; at most 10,000 of them."""
@@ -1886,7 +1890,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         try:
             if not (isinstance(name, str) and isinstance(params, list)):
                 raise xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
-            if name in ("system.multicall", "listUsers"):
+            if name in ("system.multicall", "listUsers", "getPlan"):
                 raise xmlrpc.client.Fault(INVALID_REQUEST, "not inside a multicall")
             return [self._dispatch(name, params)]
         except xmlrpc.client.Fault as fault:
@@ -2384,7 +2388,8 @@ class Server(socketserver.ThreadingTCPServer):
         if now > self.next_look:
             self.next_look = now + LOOK_SECONDS
             for connection in list(self.connections):
-                if connection.state == WAITING and connection.deadline < now:
+                has_stalled = connection.unsent and self.heavy[connection] < now - SEND_SECONDS
+                if connection.state == WAITING and (connection.deadline < now or has_stalled):
                     self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -2529,7 +2534,8 @@ class Server(socketserver.ThreadingTCPServer):
         if reply:
             size = sum(map(len, connection.unsent))
             connection.deadline = time.monotonic() + SEND_SECONDS + size / SLOWEST_READER
-        self.wait(connection, selectors.EVENT_WRITE)
+        if reply or sent:
+            self.wait(connection, selectors.EVENT_WRITE)
 
     def end_reply(self, connection: Connection) -> None:
         """Wait for the next request; after the last reply, close."""
@@ -2811,7 +2817,9 @@ class WebServer(Server):
             head = HttpHead(body.problem)
         refusal = self.answers.refusal(head)
         if body is None:
-            if not ("expect" in head.headers and head.http_1_1 and len(received) == head.size):
+            if ended or not (
+                "expect" in head.headers and head.http_1_1 and len(received) == head.size
+            ):
                 return None
             if not refusal:
                 return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
@@ -3175,7 +3183,7 @@ class Plans:
             with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
                 found = os.fstat(file.fileno())
                 is_own = found.st_nlink == 1 and owner in (None, found.st_uid)
-                if is_own and stat.S_ISREG(found.st_mode):
+                if is_own and stat.S_ISREG(found.st_mode) and found.st_mode & stat.S_IROTH:
                     return parse_plan(file.read(MAX_PLAN + 1))
         except (OSError, KeyError, ValueError):  # ValueError: the name is not in the locale
             pass
@@ -3409,8 +3417,9 @@ def drop_privileges(uid: int, gid: int) -> None:
     """Change to this user and group for good."""
     for name in ("idna", "latin_1", "cp1252", "iso8859_15", "koi8_r"):
         importlib.import_module(f"encodings.{name}")  # now: later it may be out of reach
-    with contextlib.suppress(ImportError):
-        importlib.import_module("sqlite3")
+    for name in ("_strptime", "sqlite3"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     with contextlib.suppress(OSError, OverflowError):  # the result is checked below
         os.setgroups([])  # first, since only root can change them
         os.setgid(gid)

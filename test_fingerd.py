@@ -691,7 +691,7 @@ class CodecsTest(Case):
                 ("\u00a0zo\u00e9\u3000", "zo\u00e9"),
                 ("\ufeffa\ufeff", "a"),
                 ("zoe\u0301", "zo\u00e9"),
-                ("zoe\u200b\u0301", "zoe\u200b\u0301"),
+                ("zoe\u200b\u0301", "zo\u00e9"),
                 ("e\u202e\u0301", "\u00e9"),
                 ("e\u0301" * 1_000, "\u00e9" * 1_000),
                 ("a" + "\u0301\u0323" * 300_000, "a" + "\u0301\u0323" * 300_000),
@@ -2496,6 +2496,11 @@ class WebTest(SharedCase):
             self.assertEqual((head.status, head.headers), (got.status, got.headers), target)
             self.assertEqual(int(head.headers["content-length"]), len(got.body))
 
+    def test_a_body_that_cannot_come_is_not_asked_for(self) -> None:
+        head = post(b"", "Expect: 100-continue").replace(b"Length: 0", b"Length: 5")
+        for data in (head, head + b"abc"):
+            self.assertEqual(ask(self.service.port("web"), data).count(b"100 Continue"), 0)
+
     def test_a_body_is_asked_for(self) -> None:
         expect, coding = "Expect: 100-continue", "Transfer-Encoding: chunked"
         for data in (post(CALL, expect), post(b"", expect, coding) + chunked(CALL, 99)):
@@ -2971,6 +2976,7 @@ class PlansTest(SharedCase):
             (b"a" * 65_535 + b"\n", ["a" * 65_535]),
             (b"a" * 65_536, ["a" * 65_536]),
             (b"a\n" + b"b" * 65_535, ["a", "... (cut)"]),
+            ((b"\t" * 64 + b"\n") * 200, [" " * 512] * 127 + [" " * 385, "... (cut)"]),
         ]
         for data, lines in rows:
             with self.subTest(data[:40]):
@@ -3038,7 +3044,7 @@ class PlansTest(SharedCase):
             self.assertEqual(proxy.getPlan(user), "")
         calls = xmlrpc.client.MultiCall(proxy)
         calls.getPlan("guest")
-        self.assertEqual(list(calls()), ["\n".join(PLAN_LINES)])
+        self.fault(lambda: list(calls()))  # one call would bring a hundred plans
 
     def test_what_is_no_file_of_the_users_own_is_no_plan(self) -> None:
         folder = self.folder()
@@ -3055,11 +3061,11 @@ class PlansTest(SharedCase):
             with contextlib.suppress(PermissionError):  # in some containers
                 os.mknod(folder / "device", 0o20666, os.makedev(1, 5))
         put(folder / "unreadable", "plan\n")
-        (folder / "unreadable").chmod(0)
+        (folder / "unreadable").chmod(0o640)
         plans = self.reader(folder)
         self.assertEqual(plans.read("good"), "plan")
         for path in folder.iterdir():
-            if path.name != "good" and not (ROOT and path.name == "unreadable"):
+            if path.name != "good":
                 self.assertEqual(plans.read(path.name), "", path.name)
 
     def test_a_name_that_is_no_file_name_never_reaches_the_file_system(self) -> None:
@@ -5442,6 +5448,15 @@ class ConnectionTest(Case):
         socks.append(self.client(b"long\n"))
         until(lambda: self.turn() or (len(self.lines.heavy), len(self.states())) == (3, 3))
         self.reads(socks[-1], b"x" * 9_000_000 + b"\n")
+
+    def test_a_reader_that_takes_nothing_is_closed(self) -> None:
+        self.client(b"long\n")
+        until(lambda: self.turn() or self.lines.heavy)
+        until(lambda: self.turn(0.05) or max(self.lines.heavy.values()) < time.monotonic() - 0.05)
+        self.patch(SEND_SECONDS=0.05)
+        self.lines.next_look = 0.0
+        self.turn()
+        self.assertEqual(self.states(), [])
 
     def test_many_long_requests_in_part_give_way(self) -> None:
         self.patch(HEAVY=2, RECEIVE_BYTES=10)
