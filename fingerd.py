@@ -2913,6 +2913,26 @@ class FileSource:
         return users._replace(modified=max(0.0, min(found.st_mtime, time.time())))
 
 
+class Incoming(io.RawIOBase):
+    """The bytes that arrive at `sock` until `end` (monotonic), for http.client to read."""
+
+    def __init__(self, sock: socket.socket, end: float) -> None:
+        self._sock, self._end = sock, end
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
+
+
 def find_origin(url: str) -> tuple[str, str, int]:
     """The scheme, host and port of an http or https URL; raises ValueError if it is another."""
     parts = urllib.parse.urlsplit(url)
@@ -2925,26 +2945,23 @@ def find_origin(url: str) -> tuple[str, str, int]:
 def http_get(
     url: str, headers: Mapping[str, str], end: float
 ) -> tuple[http.client.HTTPResponse, bytes]:
-    """The response to a GET and its body. TimeoutError if more arrives after `end` (monotonic)."""
+    """The response to a GET, and its body; TimeoutError if it is not whole at `end` (monotonic)."""
     scheme, host, port = find_origin(url)
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
     target = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl()
-    received = bytearray()
+    body = bytearray()
     with contextlib.closing(kind(host, port, timeout=FETCH_SECONDS / 2)) as connection:
         connection.request("GET", target or "/", headers={**headers, "Connection": "close"})
-        for block in iter(lambda: connection.sock.recv(BLOCK_BYTES), b""):
-            received += block
-            if len(received) > MAX_FILE:
+        incoming: Any = Incoming(connection.sock, end)  # http.client needs no more of a socket
+        response = http.client.HTTPResponse(incoming)
+        response.begin()
+        for block in iter(lambda: response.read1(BLOCK_BYTES), b""):
+            body += block
+            if len(body) > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
-            if time.monotonic() > end:
-                raise TimeoutError("timed out")
-    stand_in: Any = argparse.Namespace(makefile=lambda _mode: io.BytesIO(received))
-    response = http.client.HTTPResponse(stand_in)  # it needs no more of a socket
-    response.begin()
-    body = response.read(len(received))
     if response.length:
         raise UsersError(f"broke off after {len(body)} bytes")
-    return response, body
+    return response, bytes(body)
 
 
 class UrlSource:
@@ -2976,7 +2993,7 @@ class UrlSource:
         return users
 
     def _fetch(self, conditions: Mapping[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
-        """The server's response, within FETCH_SECONDS or a little more; it may redirect to itself.
+        """The server's response, within FETCH_SECONDS; it may redirect to itself.
 
         The look-up of the server's name has the resolver's limits.
         """

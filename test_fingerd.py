@@ -6357,6 +6357,32 @@ class ReplicasTest(Case):
             until(lambda wanted=start: wanted in closed)
             self.assertLessEqual(threading.active_count(), threads)
 
+    def test_a_first_may_be_slow_and_keep_the_connection(self) -> None:
+        self.patch(FETCH_SECONDS=2 * DEADLINE)
+        listener = self.keep(socket.create_server(("127.0.0.1", 0)))
+        read = threading.Event()
+        waits: list[float | None] = []
+
+        def serve() -> None:
+            with listener.accept()[0] as sock:
+                sock.sendall(ok(b"a: b\n", b"Content-Length: 5\r\n"))
+                read.wait(DEADLINE)
+
+        def settimeout(sock: socket.socket, seconds: float | None) -> None:
+            waits.append(seconds)
+            original(sock, seconds)
+
+        original = socket.socket.settimeout
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join, DEADLINE)
+        self.addCleanup(read.set)
+        source = fingerd.UrlSource(f"http://127.0.0.1:{listener.getsockname()[1]}/", None)
+        with mock.patch("socket.socket.settimeout", settimeout):
+            self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
+        self.assertFalse(read.is_set(), "it does not wait for the end of the connection")
+        self.assertGreater(waits[-1], DEADLINE, "each byte may take all the time that is left")
+
     def test_a_private_first_has_no_list_to_copy(self) -> None:
         self.refuses_to_start(command(self.url(self.first("--private"))), "403")
 
