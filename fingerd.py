@@ -81,7 +81,7 @@ MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_ROWS = 50_000  # of the kernel's table of sockets, to find the account of a client
 MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
 MAX_LISTING = 100_000  # bytes of a finger listing
-MAX_HTTP_LINE = 8_192  # bytes of a request line
+MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
 MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
 REFRESH_SECONDS = 30  # after which a page reloads, if its reader wants that
 MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take 90 ms
@@ -564,7 +564,9 @@ def parse_http_head(data: bytes) -> HttpHead | None:
     first, newline, fields = data[begin : end.start() + 1 if end else size].partition(b"\n")
     if len(first.rstrip(b"\r")) > MAX_HTTP_LINE:
         return HttpHead(414)
-    if size > MAX_HTTP_HEAD or fields.count(b"\n") > MAX_HEADERS:
+    lines = fields.split(b"\n")
+    longest = max(len(line.rstrip(b"\r")) for line in lines)
+    if size > MAX_HTTP_HEAD or longest > MAX_HTTP_LINE or len(lines) > MAX_HEADERS + 1:
         return HttpHead(431)
     line = _REQUEST_LINE.fullmatch(first)
     if newline and not line:  # also a line of HTTP/0.9, which has no headers to wait for
@@ -1752,13 +1754,13 @@ def conditional_status(head: HttpHead, page: Page) -> int:
     etag, headers = page.headers["ETag"], head.headers
     wanted, known = headers.get("if-match"), headers.get("if-none-match")
     date = headers.get("if-unmodified-since")
-    if wanted is not None:
-        if wanted != "*" and etag not in re.findall(r'(?:W/)?"[^"]*"', wanted):
+    if wanted is not None:  # a weak tag, W/"...", does not count here
+        if wanted != "*" and etag not in re.split("[ \t]*,[ \t]*", wanted):
             return 412
     elif date is not None and page.modified > parse_http_time(date):
         return 412
     if known is not None:
-        return 304 if known == "*" or etag in re.findall(r'"[^"]*"', known) else 200
+        return 304 if known == "*" or etag in known else 200
     is_same = page.modified and headers.get("if-modified-since") == http_time(page.modified)
     return 304 if is_same else 200
 
@@ -2755,33 +2757,29 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Take the parsed request, which the server passes in the place of a socket."""
-        head: HttpHead
-        head, self.body = self.request
-        self.head, self.command, self.path = head, head.method, head.path
+        self.head: HttpHead = self.request[0]
+        self.body: bytes = self.request[1]
 
     def handle(self) -> None:
-        """Find the answer."""
-        self.answer: Page | Callable[[], Page] = getattr(self, f"do_{self.command}")()
+        self.answer: Page | Callable[[], Page] = getattr(self, f"do_{self.head.method}")()
 
     def finish(self) -> None:
         """Nothing: the library would close its files."""
 
     def do_GET(self) -> Page | Callable[[], Page]:
-        """The page at the path."""
-        answers, plans = self.server.answers, self.server.site.plans
-        if plans and self.path != "/":
-            return lambda: answers.page(self.head, plans.read(path_user(self.path)))
-        return self.list_page if answers.is_long(self.head) else answers.page(self.head)
+        head, answers, plans = self.head, self.server.answers, self.server.site.plans
+        if plans and head.path != "/":
+            return lambda: answers.page(head, plans.read(path_user(head.path)))
+
+        def list_page() -> Page:
+            with self.server.listing:  # one thread makes it, for all that wait for it
+                return answers.page(head)
+
+        return list_page if answers.is_long(head) else answers.page(head)
 
     do_HEAD = do_GET  # web_response leaves out the body
 
-    def list_page(self) -> Page:
-        """The list of all users. One thread makes it, for all that wait for it."""
-        with self.server.listing:
-            return self.server.answers.page(self.head)
-
     def do_POST(self) -> Page | Callable[[], Page]:
-        """The answer to an XML-RPC call."""
         content_type = self.head.headers.get("content-type", "")
         rpc, body = self.server.rpc, self.body
         if len(body) > MAX_SHORT_CALL:
@@ -2790,7 +2788,6 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return (lambda: rpc.page(call)) if call.method in LONG_CALLS else rpc.page(call)
 
     def do_OPTIONS(self) -> Page:
-        """The answer to a browser that asks for the page of another origin."""
         return Page(204, PREFLIGHT, [])
 
 
