@@ -3791,7 +3791,9 @@ def limit_connections(servers: list[Server]) -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    share = max(1, (descriptors - SPARE_DESCRIPTORS) // max(1, len(servers)))
+    share = CONNECTIONS
+    if descriptors != resource.RLIM_INFINITY and servers:
+        share = max(1, (descriptors - SPARE_DESCRIPTORS) // len(servers))
     if share < CONNECTIONS:
         log.info("%d descriptors: %d connections for each server", descriptors, share)
     for server in servers:

@@ -5564,6 +5564,20 @@ class HostileTest(Case):
         self.assertLess(most, 30, "a connection that waits needs no thread")
         self.assertGreater(service.descriptors(), 200)
 
+    def test_servers_share_the_descriptors(self) -> None:
+        servers = [mock.Mock(), mock.Mock()]
+        for limit, ceiling in (
+            (resource.RLIM_INFINITY, fingerd.CONNECTIONS),
+            (1_000_000, fingerd.CONNECTIONS),
+            (1_064, 500),
+            (20, 1),
+        ):
+            with mock.patch.multiple(
+                resource, getrlimit=lambda _, n=limit: (n, n), setrlimit=mock.DEFAULT
+            ):
+                fingerd.limit_connections(servers)
+            self.assertEqual([server.ceiling for server in servers], [ceiling] * 2)
+
     def test_thousands_of_connections_wait_without_threads(self) -> None:
         count = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 3) * 3 // 4
         service = self.launch()
