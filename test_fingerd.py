@@ -4181,7 +4181,9 @@ class FakeServerTest(FakeServerCase):
         self.logged("IRC: ")
         self.accept().say("ERROR :go away")
         self.logged("IRC: the server says: go away; next attempt in 0 s")
-        self.accept().register().close()
+        end = self.accept().register()
+        end.hear("CAP REQ message-tags")  # an end that has not read all resets the connection
+        end.close()
         self.logged("IRC: the server closed the connection")
         self.accept().register()
         self.logged("registered as fingerbot", 2)
