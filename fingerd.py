@@ -65,6 +65,7 @@ import unicodedata
 import urllib.parse
 import xml.parsers.expat
 import xmlrpc.client
+from concurrent.futures import Future
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 __version__ = "1.0"
@@ -964,15 +965,7 @@ class Message(NamedTuple):
 
     def cleaned(self) -> Message:
         """The message as this version would take it in."""
-        covers = None if self.covers is None else clean(str(self.covers))
-        return self._replace(text=clean(self.text), covers=covers)
-
-
-class Line(NamedTuple):
-    """A status in the users file, and since when the file says so."""
-
-    text: str
-    since: float
+        return self._replace(text=clean(self.text), covers=self.covers and clean(str(self.covers)))
 
 
 class Change(NamedTuple):
@@ -985,174 +978,6 @@ class Change(NamedTuple):
 
 class NotKept(Exception):
     """A message could not be kept, and nothing changed; the text says why in plain words."""
-
-
-def difference(old: Mapping[str, T], new: Mapping[str, T]) -> dict[str, T | None]:
-    """The changes that turn `old` into `new`; None for a key that is gone."""
-    return {key: new.get(key) for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-
-
-class StateFile:
-    """The messages on disk, and the dates of the users file's lines.
-
-    SQLite, one row for each user, readable with the sqlite3 tool. Opened after privileges are
-    dropped, because SQLite acts on every file that lies beside a database. For one thread at a
-    time.
-    """
-
-    APPLICATION_ID = 0x46494E47  # "FING", in the file's header
-    VERSION = 2  # of the schema
-    SCHEMA = f"""
-        PRAGMA application_id = {APPLICATION_ID};
-        PRAGMA user_version = {VERSION};
-        CREATE TABLE IF NOT EXISTS messages (
-            user TEXT PRIMARY KEY,
-            text TEXT NOT NULL,
-            since REAL NOT NULL,  -- seconds since 1970
-            covers TEXT,          -- the users file's text at the time, NULL for none
-            set_by TEXT NOT NULL, -- address or account
-            until REAL            -- when it is taken back, NULL for never
-        ) WITHOUT ROWID;
-        CREATE TABLE IF NOT EXISTS lines (
-            user TEXT PRIMARY KEY,
-            text TEXT NOT NULL,
-            since REAL NOT NULL
-        ) WITHOUT ROWID;
-    """
-
-    def __init__(self, path: pathlib.Path) -> None:
-        """Open the file, or make it, and read it; NotKept if that is not possible."""
-        try:
-            import sqlite3  # slow to import, and not every Python has it
-        except ImportError:
-            raise NotKept(f"{path}: this Python has no sqlite3") from None
-        self.errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-        self._path = path
-        self.out_of_step = False  # whether the file may hold something else than the store
-        try:
-            self._open()
-            found, self.lines = self._load()
-            self.messages = {clean(user): each.cleaned() for user, each in found.items()}
-            if self.messages != found:  # an older version cleaned less
-                self._commit(difference(found, self.messages), {})
-        except BlockingIOError:
-            raise NotKept(f"{path}: another fingerd is using it") from None
-        except self.errors as problem:
-            words = getattr(problem, "strerror", None) or problem
-            raise NotKept(f"{path}: {words}") from None
-
-    def _open(self) -> None:
-        """Lock and open the file, and make sure that it is a sound one of ours."""
-        import sqlite3
-
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        with contextlib.ExitStack() as opened:
-            os.close(os.open(self._path, flags, 0o600))  # SQLite would let others read it
-            # A lock on the database itself would be lost whenever SQLite closes a descriptor.
-            lock = os.open(f"{self._path}-lock", flags, 0o600)
-            opened.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._db = sqlite3.connect(
-                self._path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            opened.callback(self._db.close)
-            self._prepare()
-            self._seen = os.lstat(self._path)
-            self._opened = opened.pop_all()
-
-    def _prepare(self) -> None:
-        """Make a new database ours; raise OSError, with nothing changed, if it is not ours."""
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        tables = self._db.execute("SELECT name FROM sqlite_master").fetchall()
-        if application != self.APPLICATION_ID and (application or tables):
-            raise OSError("not a fingerd state file")
-        if version > self.VERSION:
-            raise OSError("made by a newer fingerd")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        # Each commit goes on into the database, so that nothing is lost with the log beside it.
-        self._db.execute("PRAGMA wal_autocheckpoint = 1")
-        upgrade = "ALTER TABLE messages ADD COLUMN until REAL;" if version == 1 else ""
-        self._db.executescript(f"BEGIN IMMEDIATE; {upgrade} {self.SCHEMA} COMMIT")
-        (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise OSError("damaged: " + verdict.splitlines()[-1])
-
-    def _load(self) -> tuple[dict[str, Message], dict[str, Line]]:
-        """The messages and the lines in the file."""
-        messages = self._db.execute(
-            "SELECT user, text, CAST(since AS REAL), covers, set_by, CAST(until AS REAL)"
-            " FROM messages"
-        )
-        lines = self._db.execute("SELECT user, text, CAST(since AS REAL) FROM lines")
-        return (
-            {str(user): Message(str(text), *more) for user, text, *more in messages},
-            {user: Line(*more) for user, *more in lines},
-        )
-
-    def write(
-        self,
-        messages: Mapping[str, Message | None],
-        lines: Mapping[str, Line | None],
-        before: Snapshot,
-    ) -> None:
-        """Put all these changes on disk, None to forget; or none, and NotKept says why.
-
-        If the file is not the one that was opened, or if it is out of step, it is opened again and
-        made to hold what was valid `before` first.
-        """
-        try:
-            is_same = self._is_the_same()
-            if self.out_of_step or not is_same:
-                self._reopen(before, is_same)
-            self._commit(messages, lines)
-        except self.errors as problem:
-            if self.out_of_step:  # the next start must not find parts of the commit in the log
-                with contextlib.suppress(*self.errors):
-                    self._reopen(before, is_same)
-            raise NotKept(f"could not be kept: {problem}") from None
-
-    def _is_the_same(self) -> bool:
-        """Whether the path leads to the file that was opened, and it is no smaller than before."""
-        with contextlib.suppress(OSError):
-            found = os.lstat(self._path)
-            if os.path.samestat(found, self._seen) and found.st_size >= self._seen.st_size:
-                self._seen = found
-                return True
-        return False
-
-    def _reopen(self, before: Snapshot, is_same: bool) -> None:
-        """Open the file that is there now, or a new one, and make it hold `before`, no more."""
-        self.out_of_step = True
-        self._opened.close()
-        for log_of_another in () if is_same else ("-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self._path}{log_of_another}")
-        self._open()
-        messages, lines = self._load()
-        self._commit(difference(messages, before.messages), difference(lines, before.lines()))
-        log.warning("%s: opened again, and put right", self._path)
-
-    def _commit(
-        self, messages: Mapping[str, Message | None], lines: Mapping[str, Line | None]
-    ) -> None:
-        """Carry these changes out in one transaction."""
-        self._db.execute("BEGIN IMMEDIATE")  # fails while another program writes
-        self.out_of_step = True
-        for table, changes in {"messages": messages, "lines": lines}.items():
-            for user, row in changes.items():
-                if row:
-                    places = ", ?" * len(row)
-                    self._db.execute(f"REPLACE INTO {table} VALUES (?{places})", (user, *row))
-                else:
-                    self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
-        self._db.execute("COMMIT")
-        self.out_of_step = False
-
-    def close(self) -> None:
-        """Close the file; it needs no log beside it then."""
-        self._opened.close()
 
 
 def sorted_in_slices(names: list[str], key: Callable[[str], str] = str) -> list[str]:
@@ -1175,7 +1000,7 @@ class Snapshot(NamedTuple):
     does not look at strings.
     """
 
-    version: int = 0
+    version: int = 0  # rises with everything that becomes visible
     changed: float = 0.0  # when it became visible
     file: dict[str, str] = {}  # what the users file says, empty texts included
     loaded: float = 0.0  # since when the file says so,
@@ -1229,40 +1054,180 @@ class Snapshot(NamedTuple):
         """How many users have a status."""
         return len(self.names) + len(self.others)
 
-    def lines(self) -> dict[str, Line]:
-        """The statuses of the users file, unless they are too many to keep their dates."""
-        if len(self.file) > MAX_DATED:
-            return {}
-        dates, loaded = self.dates, self.loaded
-        return {u: Line(text, dates.get(u, loaded)) for u, text in self.file.items() if text}
+    def line(self, user: str) -> tuple[str, float] | None:
+        """The user's status in the users file, and since when it says so."""
+        text = self.file.get(user)
+        return (text, self.dates.get(user, self.loaded)) if text else None
 
-    def over(self, now: float) -> list[str]:
-        """The users whose messages have expired, or cover another text than the file has."""
-        return [
-            user
+    def known(self) -> set[str]:
+        """The users that the file names, and those with a message."""
+        return {*self.file, *self.messages}
+
+    def settled(self, now: float) -> Snapshot:
+        """The snapshot without the messages that are over, and with the `others` that follow.
+
+        A message is over if it has expired, or if the file says something else than it covers.
+        """
+        messages = {
+            user: message
             for user, message in self.messages.items()
-            if (message.until and message.until <= now)
-            or self.file.get(user, message.covers) != message.covers
-        ]
-
-    def without(self, users: list[str]) -> Snapshot:
-        """The snapshot without the messages of `users`."""
-        left = self.messages.keys() - users
-        return self._replace(messages={user: self.messages[user] for user in left})
-
-    def with_others(self) -> Snapshot:
-        """The snapshot with the `others` that follow from its `file` and `messages`."""
-        others = [user for user in self.messages if not self.file.get(user) and self.text(user)]
-        return self._replace(others=sorted(others), others_cased=cased(others))
+            if self.file.get(user, message.covers) == message.covers
+            and (message.until is None or message.until > now)
+        }
+        new = self._replace(messages=messages)
+        others = [user for user in messages if not self.file.get(user) and new.text(user)]
+        return new._replace(others=sorted_in_slices(others), others_cased=cased(others))
 
 
-class _Order:
-    """A call of `set` that waits for its commit."""
+class StateFile:
+    """The messages and the dates of the users file's lines on disk. For one thread at a time.
 
-    def __init__(self, user: str, text: str, by: str, until: float | None) -> None:
-        self.user, self.text, self.by, self.until = user, text, by, until
-        self.problem = "could not be kept"  # "" once it is
-        self.done = threading.Event()
+    Opened after privileges are dropped, because SQLite acts on every file beside a database.
+    """
+
+    APPLICATION_ID = 0x46494E47  # "FING", in the file's header
+    VERSION = 2  # of the schema
+    SCHEMA = f"""
+        PRAGMA application_id = {APPLICATION_ID};
+        PRAGMA user_version = {VERSION};
+        CREATE TABLE IF NOT EXISTS messages (
+            user TEXT PRIMARY KEY,
+            text TEXT NOT NULL,
+            since REAL NOT NULL,  -- seconds since 1970
+            covers TEXT,          -- the users file's text at the time, NULL for none
+            set_by TEXT NOT NULL, -- address or account
+            until REAL            -- when it is taken back, NULL for never
+        ) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS lines (
+            user TEXT PRIMARY KEY,
+            text TEXT NOT NULL,
+            since REAL NOT NULL
+        ) WITHOUT ROWID;
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        """Open the file, or make it, and read it; NotKept if that is not possible."""
+        self._path = path
+        self._errors: tuple[type[Exception], ...] = (OSError,)
+        self._out_of_step = False  # whether the file may hold something else than `kept`
+        self._changed: set[str] = set()  # users whose rows may differ from what is to be kept
+        try:
+            import sqlite3  # slow to import, and not every Python has it
+
+            self._errors, self._connect = (OSError, sqlite3.Error), sqlite3.connect
+            self.kept = self._open()
+        except ImportError:
+            raise NotKept(f"{path}: this Python has no sqlite3") from None
+        except BlockingIOError:
+            raise NotKept(f"{path}: another fingerd is using it") from None
+        except self._errors as problem:
+            words = getattr(problem, "strerror", None) or problem
+            raise NotKept(f"{path}: {words}") from None
+
+    def _open(self) -> Snapshot:
+        """Lock and open the file, and return what it holds."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        with contextlib.ExitStack() as opened:
+            os.close(os.open(self._path, flags, 0o600))  # SQLite would let others read it
+            # A lock on the database itself would be lost whenever SQLite closes a descriptor.
+            lock = os.open(f"{self._path}-lock", flags, 0o600)
+            opened.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._db = self._connect(
+                self._path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            opened.callback(self._db.close)
+            found = self._read()
+            self._seen = os.lstat(self._path)
+            self._opened = opened.pop_all()
+            return found
+
+    def _read(self) -> Snapshot:
+        """Make a new database ours, and read it; OSError if it is foreign, and left alone."""
+        (application,) = self._db.execute("PRAGMA application_id").fetchone()
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        tables = self._db.execute("SELECT name FROM sqlite_master").fetchall()
+        if application != self.APPLICATION_ID and (application or tables):
+            raise OSError("not a fingerd state file")
+        if version > self.VERSION:
+            raise OSError("made by a newer fingerd")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        # Each commit goes on into the database, so that nothing is lost with the log beside it.
+        self._db.execute("PRAGMA wal_autocheckpoint = 1")
+        upgrade = "ALTER TABLE messages ADD COLUMN until REAL;" if version == 1 else ""
+        self._db.executescript(f"BEGIN IMMEDIATE; {upgrade} {self.SCHEMA} COMMIT")
+        (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise OSError("damaged: " + verdict.splitlines()[-1])
+        messages = self._db.execute(
+            "SELECT user, text, CAST(since AS REAL), covers, set_by, CAST(until AS REAL)"
+            " FROM messages"
+        )
+        lines = self._db.execute("SELECT user, text, CAST(since AS REAL) FROM lines").fetchall()
+        return Snapshot(
+            file={user: text for user, text, _ in lines},
+            dates={user: since for user, _, since in lines},
+            messages={str(user): Message(str(text), *more) for user, text, *more in messages},
+        )
+
+    def write(self, new: Snapshot, users: Iterable[str] = ()) -> None:
+        """Put the messages and, unless they are too many, the lines of `new` on disk.
+
+        `users` are those that changed, if that is known. NotKept says why `new` is not kept; the
+        file holds what it held before, then.
+        """
+        wanted = new if len(new.file) <= MAX_DATED else Snapshot(messages=new.messages)
+        self._changed.update(users or self.kept.known() | wanted.known())
+        try:
+            self._put_right()
+            self._commit(self.kept, wanted, self._changed)
+        except self._errors as problem:
+            with contextlib.suppress(*self._errors):
+                self._put_right()  # the next start must not find parts of the commit in the log
+            raise NotKept(f"could not be kept: {problem}") from None
+        self.kept = wanted
+        self._changed.clear()
+
+    def _put_right(self) -> None:
+        """Open the file again if it was replaced or is out of step, and make it hold `kept`."""
+        is_same = False
+        with contextlib.suppress(OSError):
+            found, seen = os.lstat(self._path), self._seen
+            is_same = os.path.samestat(found, seen) and found.st_size >= seen.st_size
+        if is_same and not self._out_of_step:
+            self._seen = found
+            return
+        self._out_of_step = True
+        self._opened.close()
+        for log_of_another in () if is_same else ("-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._path}{log_of_another}")
+        there = self._open()
+        self._commit(there, self.kept, there.known() | self.kept.known())
+        log.warning("%s: opened again, and put right", self._path)
+
+    def _commit(self, old: Snapshot, new: Snapshot, users: Iterable[str]) -> None:
+        """Turn the rows of `users` from those of `old` into those of `new`, in one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")  # fails while another program writes
+        self._out_of_step = True
+        for user in users:
+            for table, before, after in (
+                ("messages", old.messages.get(user), new.messages.get(user)),
+                ("lines", old.line(user), new.line(user)),
+            ):
+                if before == after:
+                    continue
+                self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
+                if after:
+                    places = ", ?" * len(after)
+                    self._db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *after))
+        self._db.execute("COMMIT")
+        self._out_of_step = False
+
+    def close(self) -> None:
+        """Close the file; it needs no log beside it then."""
+        self._opened.close()
 
 
 class StatusStore:
@@ -1277,8 +1242,8 @@ class StatusStore:
     def __init__(self) -> None:
         self._state: StateFile | None = None
         self._writing, self._queueing = threading.Lock(), threading.Lock()
-        self._orders: list[_Order] = []  # those that wait for the next commit
-        self._next_end = 0.0  # no message expires before
+        # Calls of `set` that wait for the next commit: the name, the message and what is returned.
+        self._orders: list[tuple[str, Message, Future[str]]] = []
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
 
@@ -1288,98 +1253,55 @@ class StatusStore:
         Called once, after the users file was loaded; no change is announced.
         """
         with self._writing:
-            lines, file = self._now.lines(), self._now.file
-            kept = {
-                u: line for u, line in state.lines.items() if lines and file.get(u) == line.text
-            }
-            dates = {user: line.since for user, line in kept.items()}
-            dates.update(self._now.dates)  # those of a list that has them
-            now = self._now = self._now._replace(messages=state.messages, dates=dates)
-            self._state, over = state, now.over(time.time())
-            self._forget(over, difference(state.lines, {**lines, **kept}))
-            state.lines.clear()  # up to MAX_DATED of them
-            latest = max((message.since for message in now.messages.values()), default=0.0)
-            self._publish(now.without(over).with_others(), max(now.changed, latest), ())
+            self._state, now, kept = state, self._now, state.kept
+            known = kept.dates if len(now.file) <= MAX_DATED else {}
+            dates = {u: since for u, since in known.items() if now.file.get(u) == kept.file[u]}
+            dates.update(now.dates)  # those of a list that has them
+            messages = {clean(user): each.cleaned() for user, each in kept.messages.items()}
+            latest = max((message.since for message in messages.values()), default=0.0)
+            new = now._replace(messages=messages, dates=dates).settled(time.time())
+            self._publish(new, max(now.changed, latest))
 
     def snapshot(self) -> Snapshot:
         """All that is visible now, consistent in itself."""
         return self._now
 
-    @property
-    def version(self) -> int:
-        """A number that rises with everything that becomes visible."""
-        return self._now.version
-
     def changes_after(self, version: int) -> list[Change]:
         """The statuses that became visible since, oldest first; the last MAX_CHANGES at most."""
         return [change for change in self._changes.copy() if change.version > version]
 
-    def replace_file(
-        self,
-        texts: dict[str, str],
-        when: float,
-        dates: dict[str, float] | None = None,
-        ends: dict[str, float] | None = None,
-    ) -> bool:
-        """Let the users file say `texts` from `when` on; returns whether that is anything new.
+    def replace_file(self, users: UsersFile, when: float) -> bool:
+        """Let the users file say this from `when` on; returns whether that is anything new.
 
         A message over a line that changed is forgotten, one whose user is absent is hidden. The
-        first load is announced to nobody. `dates` and `ends` are the times of the lines, if they
-        are known. All these belong to the store from now on.
+        first load is announced to nobody. The dicts in `users` belong to the store from now on.
         """
         with self._writing:
-            old, first = self._now, not self._now.version
+            old, texts, dates, first = self._now, users.texts, users.dates, not self._now.version
             changed = [user for user, text in texts.items() if old.file.get(user) != text]
-            gone = [user for user in old.file if user not in texts]
-            times = old.changed, old.dates, old.ends
-            same_times = dates is None or times == (when, dates, ends or {})
-            if same_times and not (first or changed or gone):
-                return False
             if dates is None:
+                if not (first or changed or len(texts) < len(old.file)):
+                    return False
                 dates = {user: since for user, since in old.dates.items() if user in texts}
                 dates.update(dict.fromkeys(() if first else changed, when))
-            same_names = not gone and all(old.file.get(user) and texts[user] for user in changed)
-            same_users = not gone and len(texts) == len(old.file)
             new = old._replace(
                 file=texts,
                 loaded=when if first else old.loaded,
                 dates=dates,
-                ends=ends or {},
-                names=old.names if same_names else sorted_in_slices([u for u in texts if texts[u]]),
-                file_cased=old.file_cased if same_users else cased(texts),
+                ends=users.ends,
             )
-            lines: dict[str, Line | None] = {}
-            if self._state and len(texts) <= MAX_DATED:
-                users = (*changed, *gone)
-                lines = {u: Line(texts[u], dates[u]) if texts.get(u) else None for u in users}
-            over = new.over(time.time())
-            self._forget(over, lines)
-            visible = () if first else dict.fromkeys([*changed, *over])
-            self._publish(new.without(over).with_others(), when, visible)
+            has_all = all(old.file.get(user) and texts[user] for user in changed)
+            if not has_all or len(texts) < len(old.file):  # somebody came or went
+                names = sorted_in_slices([user for user in texts if texts[user]])
+                new = new._replace(names=names, file_cased=cased(texts))
+            self._publish(new.settled(time.time()), when, () if first else changed)
         return True
 
     def expire(self, now: float) -> None:
-        """Take back the messages that have expired. It costs nothing if there is none."""
-        if now < self._next_end:
-            return
+        """Take back the messages that have expired."""
         with self._writing:
-            over = self._now.over(now)
-            new = self._now.without(over)
-            ends = (message.until for message in new.messages.values() if message.until)
-            self._next_end = min(ends, default=math.inf)
-            if over:
-                self._forget(over, {})
-                self._publish(new.with_others(), now, over)
-
-    def _forget(self, users: list[str], lines: Mapping[str, Line | None]) -> None:
-        """Remove the messages of `users` from the disk, and keep the dates of `lines` there."""
-        if not self._state or not (users or lines):
-            return
-        try:
-            self._state.write(dict.fromkeys(users), lines, self._now)
-        except NotKept as problem:
-            self._state.out_of_step = True  # the next write or start puts it right
-            log.warning("the state file: %s", problem)
+            if any(each.until and each.until <= now for each in self._now.messages.values()):
+                self._publish(self._now.settled(now), now)
 
     def set(self, user: str, text: str, by: str = "", until: float | None = None) -> str:
         """Set the user's message, "" to take it back; returns the name in the store's spelling.
@@ -1388,9 +1310,9 @@ class StatusStore:
         changed, if that is not possible. The first to queue up behind the present commit makes
         the next one for all who have queued up by then.
         """
-        order = _Order(user, text, by, until)
+        outcome: Future[str] = Future()
         with self._queueing:
-            self._orders.append(order)
+            self._orders.append((user, Message(text, 0.0, None, by, until), outcome))
             is_first = len(self._orders) == 1
         if is_first:
             with self._writing:
@@ -1399,56 +1321,60 @@ class StatusStore:
                 try:
                     self._carry_out(orders)
                 finally:
-                    for each in orders:
-                        each.done.set()
-        order.done.wait()
-        if order.problem:
-            raise NotKept(order.problem)
-        return order.user
+                    for *_, each in orders:
+                        each.cancel()  # no effect on one that has its result
+        return outcome.result()
 
-    def _carry_out(self, orders: list[_Order]) -> None:
-        """Commit and publish `orders`, and note each one's outcome."""
+    def _carry_out(self, orders: list[tuple[str, Message, Future[str]]]) -> None:
+        """Commit and publish these, and note each one's outcome."""
         old, when = self._now, time.time()
-        messages = dict(old.messages)
-        changes: dict[str, Message | None] = {}
-        accepted: list[_Order] = []
+        messages, accepted = dict(old.messages), {}
         newcomers: dict[str, str] = {}  # their names as they were spelled first, by casefold
-        for order in orders:
-            name = order.user
-            order.user = old.find(name) or newcomers.setdefault(name.casefold(), name)
-            if order.text and order.user not in messages and len(messages) >= MAX_MESSAGES:
-                order.problem = f"no room for more than {MAX_MESSAGES} messages"
-                continue
-            if order.text:
-                covers = old.file.get(order.user)
-                messages[order.user] = Message(order.text, when, covers, order.by, order.until)
-                self._next_end = min(self._next_end, order.until or math.inf)
+        for name, message, outcome in orders:
+            user = old.find(name) or newcomers.setdefault(name.casefold(), name)
+            if not message.text:
+                messages.pop(user, None)
+            elif user in messages or len(messages) < MAX_MESSAGES:
+                messages[user] = message._replace(since=when, covers=old.file.get(user))
             else:
-                messages.pop(order.user, None)
-            changes[order.user] = messages.get(order.user)
-            accepted.append(order)
+                outcome.set_exception(NotKept(f"no room for more than {MAX_MESSAGES} messages"))
+                continue
+            accepted[outcome] = user
+        users, new = accepted.values(), old._replace(messages=messages)
+        if not all(old.text(user) and new.text(user) for user in users):
+            new = new.settled(when)  # somebody came or went
+        is_kept = self._publish(new, when, users, only_if_kept=True)
+        for outcome, user in accepted.items():
+            if is_kept:
+                outcome.set_result(user)
+            else:
+                outcome.set_exception(NotKept("could not be kept"))
+
+    def _publish(
+        self, new: Snapshot, when: float, users: Iterable[str] = (), only_if_kept: bool = False
+    ) -> bool:
+        """Put `new` on disk and make it visible; returns whether it is visible.
+
+        `users` are those whose lines or messages were replaced. What cannot be put on disk is tried
+        again with the next change, unless it is made `only_if_kept`.
+        """
+        old, version = self._now, self._now.version + 1
+        changed = dict.fromkeys([*users, *(u for u in old.messages if u not in new.messages)])
         try:
             if self._state:
-                self._state.write(changes, {}, old)
+                self._state.write(new, changed if only_if_kept else ())
         except NotKept as problem:
-            log.error("the state file: %s", problem)
-            return
-        new = old._replace(messages=messages)
-        if not all(old.text(user) and new.text(user) for user in changes):
-            new = new.with_others()  # somebody came or went
-        self._publish(new, when, changes)
-        for order in accepted:
-            order.problem = ""
-
-    def _publish(self, new: Snapshot, when: float, users: Iterable[str]) -> None:
-        """Make `new` visible; `users` are all whose text may have changed."""
-        old, version = self._now, self._now.version + 1
-        for user in users:
+            level = logging.ERROR if only_if_kept else logging.WARNING
+            log.log(level, "the state file: %s", problem)
+            if only_if_kept:
+                return False
+        for user in changed:
             text = new.text(user)
             if text and text != old.text(user):
                 version += 1
                 self._changes.append(Change(version, user, text))
         self._now = new._replace(version=version, changed=when)
+        return True
 
     def close(self) -> None:
         """Close the state file, once nobody writes any more."""
@@ -1842,7 +1768,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def page(self, call: RpcCall) -> Page:
         """The response to a call; the one to listUsers is made once for a version of the store."""
-        version, listed = self._store.version, self._listed
+        version, listed = self._store.snapshot().version, self._listed
         if call == LIST_USERS and listed and listed[0] == version:
             return listed[1]
         try:
@@ -2107,7 +2033,7 @@ class IrcSession:
         self.nick = line.param(0)
         self.registered = self.now
         self.nick_due = self.now + IRC_SILENCE_SECONDS
-        self.version = self.store.version
+        self.version = self.store.snapshot().version
         self.report(f"registered as {self.quote(self.nick)}")
         self.send("CAP", "REQ", "message-tags")  # one of them marks bots
         for channel in self.channels.values():  # a bouncer may have connected to its server again
@@ -3145,7 +3071,7 @@ class Reloader(threading.Timer):
                 return
             has_times = users.dates is not None
             when = users.modified if has_times or not now.version else time.time()
-            is_new = self._store.replace_file(users.texts, when, users.dates, users.ends)
+            is_new = self._store.replace_file(users, when)
             if is_new or users.problems != self._problems:
                 name, self._problems = self._source.name, users.problems
                 for problem in users.problems:

@@ -327,7 +327,7 @@ def call(method: str, *params: Any) -> bytes:
 def make_store(texts: Any = MOSHEZ, state: Any = None) -> Any:
     """A store that has read a users file with these texts."""
     store = fingerd.StatusStore()
-    store.replace_file(dict(texts), 1000.0)
+    store.replace_file(fingerd.UsersFile(dict(texts), []), 1000.0)
     if state:
         store.restore(state)
     return store
@@ -1509,7 +1509,7 @@ class StoreTest(Case):
         self.store = make_store(self.FILE)
 
     def load(self, when: float, **texts: str) -> None:
-        self.store.replace_file(texts, when)
+        self.store.replace_file(fingerd.UsersFile(texts, []), when)
 
     def test_users_are_sorted_and_have_a_status(self) -> None:
         for user in ("zed", "amy", "mute"):
@@ -1545,7 +1545,7 @@ class StoreTest(Case):
                     if isinstance(event, str):
                         store.set("moshez", event)
                     else:
-                        store.replace_file(dict(event), when)
+                        store.replace_file(fingerd.UsersFile(dict(event), []), when)
                 status = store.snapshot().get("moshez")
                 self.assertEqual(status and status.text, shown.get("moshez"))
                 self.assertEqual(texts_of(store), shown)
@@ -1563,11 +1563,11 @@ class StoreTest(Case):
         self.assertEqual(self.store.snapshot().get("moshez"), fingerd.Status("mine", since))
 
     def test_changes_come_oldest_first_and_only_if_something_shows(self) -> None:
-        start = self.store.version
+        start = self.store.snapshot().version
         self.assertEqual(self.store.changes_after(0), [])  # the first load is no news
         self.store.set("moshez", "mine")
         self.store.set("moshez", "mine")
-        middle = self.store.version
+        middle = self.store.snapshot().version
         self.load(2000.0, moshez="file", shawn="new", mute="")
         self.store.set("moshez", "")
         self.store.set("nobody", "")
@@ -1577,7 +1577,7 @@ class StoreTest(Case):
         versions = [change.version for change in changes]
         self.assertEqual(versions, sorted(set(versions)))
         self.assertEqual([c.user for c in self.store.changes_after(middle)], ["shawn", "moshez"])
-        self.assertEqual(self.store.changes_after(self.store.version), [])
+        self.assertEqual(self.store.changes_after(self.store.snapshot().version), [])
         for number in range(1000):
             self.store.set("moshez", str(number))
         self.assertEqual(len(self.store.changes_after(0)), fingerd.MAX_CHANGES)
@@ -1616,9 +1616,9 @@ class StoreTest(Case):
 
     def test_two_spellings_of_a_new_name_make_one_user(self) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        lines = self.store.snapshot().lines()
-        slow_write = mock.Mock(side_effect=lambda *_: begun.set() or go_on.wait())
-        self.store.restore(mock.Mock(messages={}, lines=lines, write=slow_write))
+        state = mock.Mock(kept=fingerd.Snapshot())
+        self.store.restore(state)
+        state.write.side_effect = lambda *_: begun.set() or go_on.wait()
         with ThreadPoolExecutor(4) as pool:
             pool.submit(self.store.set, "first", "x")
             begun.wait()
@@ -1642,10 +1642,11 @@ class StoreTest(Case):
             (end + 1, {"moshez": "file"}),
             (end - 500, {"moshez": "file"}),  # a clock that was put back
         ):
-            before, old = texts_of(store), store.version
+            before, old = texts_of(store), store.snapshot().version
             store.expire(moment)
             self.assertEqual(texts_of(store), {**users, "mute": "mine", "shawn": "for good"})
-            self.assertEqual(store.version > old, before != texts_of(store))
+            changed = store.snapshot().version > old
+            self.assertEqual(changed, before != texts_of(store))
         self.assertEqual([c.text for c in store.changes_after(0) if c.user == "moshez"][-1], "file")
         self.assertEqual(store.snapshot().get("moshez"), fingerd.Status("file", 1000.0))
         store.set("moshez", "again", until=end + 9)
@@ -1698,11 +1699,10 @@ class StateFileTest(Case):
         db = self.keep(sqlite3.connect(self.path, isolation_level=None))
         db.execute("BEGIN IMMEDIATE")
         with self.assertLogs("fingerd", "WARNING"):
-            store.replace_file({"moshez": "edited"}, 2000.0)
+            store.replace_file(fingerd.UsersFile({"moshez": "edited"}, []), 2000.0)
         self.assertEqual(texts_of(store), {"moshez": "edited"})
         db.execute("ROLLBACK")
-        with self.assertLogs("fingerd", "WARNING"):
-            store.set("guest", "here")
+        store.set("guest", "here")
         store.close()
         store = self.run_over(moshez="file")
         self.assertEqual(texts_of(store), {"moshez": "file", "guest": "here"})
@@ -1710,8 +1710,9 @@ class StateFileTest(Case):
 
     def test_a_message_that_came_to_its_end_while_the_service_was_down(self) -> None:
         store, now = self.run_over(moshez="file"), time.time()
-        store.set("moshez", "mine", until=now - 1)
         store.set("guest", "mine", until=now + 1_000)
+        store.set("moshez", "mine", until=now - 1)
+        self.assertEqual(texts_of(store), {"moshez": "mine", "guest": "mine"})
         store.close()
         for _ in range(2):
             store = self.run_over(moshez="file")
@@ -1724,6 +1725,12 @@ class StateFileTest(Case):
         store.close()
         db = self.keep(sqlite3.connect(self.path))
         self.assertEqual(db.execute("SELECT user FROM messages").fetchall(), [])
+        store = self.run_over(moshez="file")
+        store.set("moshez", "mine", until=now - 1)
+        self.assertEqual(db.execute("SELECT user FROM messages").fetchall(), [("moshez",)])
+        store.set("guest", "here")  # a commit takes with it what has expired
+        self.assertEqual(db.execute("SELECT user FROM messages").fetchall(), [("guest",)])
+        store.close()
 
     VERSION_1: ClassVar = """
         PRAGMA journal_mode = WAL; PRAGMA application_id = 0x46494E47; PRAGMA user_version = 1;
@@ -1759,7 +1766,7 @@ class StateFileTest(Case):
     def since(self, when: float, **texts: str) -> dict[str, float]:
         """The dates in a store whose file has said this since `when`."""
         store = fingerd.StatusStore()
-        store.replace_file(texts, when)
+        store.replace_file(fingerd.UsersFile(texts, []), when)
         store.restore(fingerd.StateFile(self.path))
         self.addCleanup(store.close)
         store.close()
@@ -1771,14 +1778,21 @@ class StateFileTest(Case):
         self.assertEqual(self.since(3.0, a="x", b="y", c="", d=""), {"a": 1.0, "b": 2.0})
         self.assertEqual(self.since(4.0, b="y", c="z"), {"b": 2.0, "c": 4.0})
         store = self.run_over(b="y", c="z")
-        store.replace_file({"a": "x", "b": "new", "c": "z", "e": ""}, 5000.0)
+        texts = {"a": "x", "b": "new", "c": "z", "e": ""}
+        store.replace_file(fingerd.UsersFile(texts, []), 5000.0)
         store.close()
-        write = mock.patch.object(fingerd.StateFile, "_commit")
-        with write as written:  # nothing is, if nothing changed
-            self.assertEqual(
-                self.since(6.0, a="x", b="new", c="z"), {"a": 5000.0, "b": 5000.0, "c": 4.0}
-            )
-        written.assert_not_called()
+        wanted = {"a": 5000.0, "b": 5000.0, "c": 4.0}
+        self.assertEqual(self.since(6.0, a="x", b="new", c="z"), wanted)
+        store, state = make_store({"a": "x", "b": "new", "c": "z"}), fingerd.StateFile(self.path)
+        db = self.keep(sqlite3.connect(self.path))
+        versions = [db.execute("PRAGMA data_version").fetchone()]
+        for change in (lambda: store.restore(state), lambda: store.set("b", "mine")):
+            change()
+            versions.append(db.execute("PRAGMA data_version").fetchone())
+        store.set("b", "")
+        store.close()
+        self.assertEqual(versions[0], versions[1], "nothing is written if nothing changed")
+        self.assertNotEqual(versions[1], versions[2])
         self.patch(MAX_DATED=2)
         self.assertEqual(self.since(7.0, a="x", b="new", c="z"), {"a": 7.0, "b": 7.0, "c": 7.0})
         self.assertEqual(self.since(8.0, a="x", b="new"), {"a": 8.0, "b": 8.0})
@@ -4766,9 +4780,6 @@ def python_for_everybody() -> str:
     raise unittest.SkipTest("no Python that somebody else could run")
 
 
-EMPTY = fingerd.Snapshot()
-
-
 class DurabilityTest(Case):
     def test_kill_keeps_what_was_acknowledged(self) -> None:
         service, chance, numbers = self.launch(), random.Random(SEED), itertools.count()
@@ -4807,11 +4818,11 @@ class DurabilityTest(Case):
         self.addCleanup(store.close)
         write = fingerd.StateFile.write
 
-        def slow_write(state: Any, changes: Any, *more: Any) -> None:
+        def slow_write(state: Any, new: Any, *users: Any) -> None:
             if not sizes:  # the disk is slow until all others wait
-                until(lambda: len(changes) + len(store._orders) == 64)
-            sizes.append(len(changes))
-            write(state, changes, *more)
+                until(lambda: len(new.messages) + len(store._orders) == 64)
+            sizes.append(len(new.messages) - sum(sizes))
+            write(state, new, *users)
 
         with mock.patch.object(fingerd.StateFile, "write", slow_write):
             in_parallel(64, lambda number: store.set(f"u{number}", "text"))
@@ -4877,7 +4888,8 @@ class DurabilityTest(Case):
         for name in ("corrupt", "newer"):
             state = fingerd.StateFile(folder / name)
             message = fingerd.Message("x" * 500, 1.0, None, "")
-            state.write(dict.fromkeys((f"u{n}" for n in range(200)), message), {}, EMPTY)
+            messages = dict.fromkeys((f"u{n}" for n in range(200)), message)
+            state.write(fingerd.Snapshot(messages=messages))
             state.close()
         shutil.copy(folder / "corrupt", folder / "cut")
         os.truncate(folder / "cut", 5_000)
@@ -4923,7 +4935,8 @@ class DurabilityTest(Case):
 
         def replace(path: pathlib.Path) -> None:
             state = fingerd.StateFile(path.with_name("other"))
-            state.write({"shawn": fingerd.Message("other", 1.0, None, "")}, {}, EMPTY)
+            message = fingerd.Message("other", 1.0, None, "")
+            state.write(fingerd.Snapshot(messages={"shawn": message}))
             state.close()
             os.replace(path.with_name("other"), path)
 
@@ -4993,7 +5006,7 @@ class DurabilityTest(Case):
             shutil.copy(service.folder / name, service.folder / f"copy-{name}")
         state = fingerd.StateFile(service.folder / "copy-state.db")
         state.close()
-        found = {"zed": "none", **{user: each.text for user, each in state.messages.items()}}
+        found = {"zed": "none", **{user: each.text for user, each in state.kept.messages.items()}}
         self.assertEqual(found, {"shawn": "first", "zed": kept[-1]})
 
     def test_the_default_state_file_is_used_or_ends_the_start(self) -> None:
@@ -5113,7 +5126,7 @@ import fingerd; sys.exit(fingerd.main())"""
         log, state = pathlib.Path(f"{path}-wal"), fingerd.StateFile(path)
         for n in range(60):
             message = fingerd.Message(str(n).rjust(1_000), 1.0, None, "")
-            state.write({f"u{i}": message for i in range(150)}, {}, EMPTY)
+            state.write(fingerd.Snapshot(messages={f"u{i}": message for i in range(150)}))
         self.assertLess(log.stat().st_size, 6_000_000)
         self.assertLess(path.stat().st_size, 1_000_000)
         state.close()
