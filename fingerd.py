@@ -954,6 +954,11 @@ class Status(NamedTuple):
     until: float | None = None
 
 
+def past(when: float, now: float) -> float:
+    """The time nearest to `when` from 1970 to `now`: a clock may have been wrong."""
+    return min(max(0.0, when), now)
+
+
 class Message(NamedTuple):
     """A status that was set. It is shown while the users file says the same about the user."""
 
@@ -963,9 +968,11 @@ class Message(NamedTuple):
     by: str  # the address or account that set it
     until: float | None = None  # when it is taken back; None for never
 
-    def cleaned(self) -> Message:
-        """The message as this version would take it in."""
-        return self._replace(text=clean(self.text), covers=self.covers and clean(str(self.covers)))
+    def cleaned(self, now: float) -> Message:
+        """The message as this version would take it in at the time `now`."""
+        text, covers = clean(self.text), self.covers and clean(str(self.covers))
+        until = None if self.until is None else min(max(0.0, self.until), now + MAX_AHEAD)
+        return self._replace(text=text, covers=covers, since=past(self.since, now), until=until)
 
 
 class Change(NamedTuple):
@@ -1246,6 +1253,7 @@ class StatusStore:
         self._orders: list[tuple[str, Message, Future[str]]] = []
         self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
+        self.problems: set[str] = set()  # of "users file" and "state file", for monitors
 
     def restore(self, state: StateFile) -> None:
         """Show the messages in `state`, date the file's lines by it, and keep all changes there.
@@ -1253,13 +1261,14 @@ class StatusStore:
         Called once, after the users file was loaded; no change is announced.
         """
         with self._writing:
-            self._state, now, kept = state, self._now, state.kept
+            self._state, now, kept, clock = state, self._now, state.kept, time.time()
             known = kept.dates if len(now.file) <= MAX_DATED else {}
-            dates = {u: since for u, since in known.items() if now.file.get(u) == kept.file[u]}
+            same = [user for user in known if now.file.get(user) == kept.file[user]]
+            dates = {user: past(known[user], clock) for user in same}
             dates.update(now.dates)  # those of a list that has them
-            messages = {clean(user): each.cleaned() for user, each in kept.messages.items()}
+            messages = {clean(user): each.cleaned(clock) for user, each in kept.messages.items()}
             latest = max((message.since for message in messages.values()), default=0.0)
-            new = now._replace(messages=messages, dates=dates).settled(time.time())
+            new = now._replace(messages=messages, dates=dates).settled(clock)
             self._publish(new, max(now.changed, latest))
 
     def snapshot(self) -> Snapshot:
@@ -1331,7 +1340,12 @@ class StatusStore:
         messages, accepted = dict(old.messages), {}
         newcomers: dict[str, str] = {}  # their names as they were spelled first, by casefold
         for name, message, outcome in orders:
-            user = old.find(name) or newcomers.setdefault(name.casefold(), name)
+            folded = name.casefold()
+            user = old.find(name) or newcomers.get(folded, "")
+            if not user:
+                hidden = [each for each in messages if each.casefold() == folded]
+                user = hidden[0] if len(hidden) == 1 else name
+                newcomers[folded] = user
             if not message.text:
                 messages.pop(user, None)
             elif user in messages or len(messages) < MAX_MESSAGES:
@@ -1363,7 +1377,9 @@ class StatusStore:
         try:
             if self._state:
                 self._state.write(new, changed if only_if_kept else ())
+                self.problems.discard("state file")
         except NotKept as problem:
+            self.problems.add("state file")
             level = logging.ERROR if only_if_kept else logging.WARNING
             log.log(level, "the state file: %s", problem)
             if only_if_kept:
@@ -1702,13 +1718,20 @@ def conditional_status(head: HttpHead, page: Page) -> int:
     return 304 if is_same else 200
 
 
-def web_response(head: HttpHead, page: Page, now: float) -> tuple[int, list[bytes]]:
-    """The response with `page` to the request `head` at the time `now`: its status and pieces."""
+def web_response(
+    head: HttpHead, page: Page, now: float, problems: Iterable[str] = ()
+) -> tuple[int, list[bytes]]:
+    """The response with `page` to the request `head` at the time `now`: its status and pieces.
+
+    A header tells monitors of `problems` of the service.
+    """
     status = page.status
     if status == 200 and head.method != "POST":
         status = conditional_status(head, page)
         page = error_page(412) if status == 412 else page
     headers = {"Date": http_time(int(now)), **page.headers}
+    if problems:
+        headers["Fingerd-Problem"] = ", ".join(sorted(problems))
     if 0 < page.modified <= now:
         headers["Last-Modified"] = http_time(page.modified)
     if not (head.keep and head.http_1_1):
@@ -2769,7 +2792,7 @@ class WebServer(Server):
             head = head._replace(keep=False)
 
         def respond(page: Page) -> Reply:
-            status, pieces = web_response(head, page, time.time())
+            status, pieces = web_response(head, page, time.time(), self.site.store.problems)
             log.debug("web: %s: %s %a: %d", connection, head.method, head.path[:MAX_NAME], status)
             return Reply(pieces, head.size + body.size, not head.keep)
 
@@ -3056,6 +3079,8 @@ class Reloader(threading.Timer):
         elif self._complaint and not complaint:
             log.info("%s can be read again", self._source.name)
         self._complaint = complaint
+        note = self._store.problems.add if complaint else self._store.problems.discard
+        note("users file")
         return True
 
     def load(self) -> None:
@@ -3425,6 +3450,7 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
                 remedy = "stop that one"
             raise StartError(f"{problem}; {remedy} (see --state)") from None
         store.lost_at_restart = True
+        store.problems.add("state file")
         log.warning("messages will be lost when fingerd ends: %s", problem)
 
 

@@ -47,6 +47,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pathlib
@@ -1511,6 +1512,14 @@ class StoreTest(Case):
     def load(self, when: float, **texts: str) -> None:
         self.store.replace_file(fingerd.UsersFile(texts, []), when)
 
+    def test_a_hidden_message_is_found_whatever_its_case(self) -> None:
+        self.store.set("moshez", "mine")
+        self.load(2000.0, shawn="alive")
+        self.assertEqual(self.store.set("MOSHEZ", "second"), "moshez")
+        self.assertEqual(self.store.set("Moshez", ""), "moshez")
+        self.load(3000.0, **self.FILE)
+        self.assertEqual(texts_of(self.store), {"moshez": "file", "shawn": "alive"})
+
     def test_users_are_sorted_and_have_a_status(self) -> None:
         for user in ("zed", "amy", "mute"):
             self.store.set(user, "set")
@@ -1672,6 +1681,18 @@ class StateFileTest(Case):
     def run_over(self, **texts: str) -> Any:
         """A store over this users file, and the messages of those that ran before."""
         return make_store(texts, fingerd.StateFile(self.path))
+
+    def test_times_that_a_wrong_clock_has_left_are_put_right(self) -> None:
+        store = self.run_over(moshez="file")
+        for user, since, until in (("a", 1e20, 1e19), ("b", -1e15, None), ("c", 1.0, math.inf)):
+            message = fingerd.Message("text", since, None, "", until)
+            store._state.write(fingerd.Snapshot(messages={user: message}), [user])
+        store.close()
+        store = self.run_over(moshez="file")
+        for user, status in store.snapshot().users():
+            self.assertTrue(0 <= status.since <= time.time(), user)
+            self.assertTrue(not status.until or status.until < time.time() + 400 * 86_400, user)
+        store.close()
 
     def test_messages_are_there_after_a_restart(self) -> None:
         for _ in range(3):
@@ -1870,6 +1891,22 @@ class UsersFileTest(Case):
                 self.reload()
                 self.reloader.look()
             self.assertEqual(self.count("^INFO:.* can be read again"), round_)
+
+    def test_a_monitor_sees_what_is_wrong(self) -> None:
+        service = self.launch()
+        self.assertNotIn("fingerd-problem", service.get("/").headers)
+        service.users.unlink()
+        service.signal(signal.SIGHUP)
+        until(lambda: service.get("/").headers.get("fingerd-problem") == "users file")
+        db = self.keep(sqlite3.connect(service.state, isolation_level=None))
+        db.execute("BEGIN IMMEDIATE")
+        self.assertRegex(service.set("moshez", "x"), "^ERROR")
+        self.assertEqual(service.get("/").headers["fingerd-problem"], "state file, users file")
+        db.execute("ROLLBACK")
+        put(service.users, USERS)
+        service.signal(signal.SIGHUP)
+        self.assertEqual(service.set("moshez", "x"), "OK\r\n")
+        until(lambda: "fingerd-problem" not in service.get("/").headers)
 
     def test_bad_lines_are_logged_once_per_content(self) -> None:
         for text, logged in (
