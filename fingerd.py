@@ -1618,6 +1618,8 @@ class WebAnswers:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
         if head.problem or head.method not in METHODS:
             return error_page(head.problem or 501)
+        if head.method in ("GET", "HEAD") and head.path != "/RPC2":
+            return None
         takes_calls = head.path in ("/", "/RPC2")  # some clients post their calls to /
         if head.method == "POST" and takes_calls:
             return error_page(415) if "content-encoding" in head.headers else None
@@ -1639,12 +1641,12 @@ class WebAnswers:
             page = self._everybody(view)
         else:
             page = self._somebody(view.format, path_user(head.path), plan)
-        headers = {**page.headers}
         if view.reload and page.status == 200:
-            headers["Refresh"] = str(REFRESH_SECONDS)
+            refresh = {"Refresh": str(REFRESH_SECONDS)}
+            page = page._replace(headers={**page.headers, **refresh})
         if self._policy.public_url and head.path != "/RPC2":
-            headers.update(ANY_ORIGIN)
-        return page._replace(headers=headers)
+            page = page._replace(headers={**page.headers, **ANY_ORIGIN})
+        return page
 
     def _everybody(self, view: View) -> Page:
         """The list of all users."""
@@ -1699,6 +1701,9 @@ class WebAnswers:
         return make_page(200, FORMATS[name][0], [text + "\n"], -1 if plan else status.since)
 
 
+CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"}
+
+
 def conditional_status(head: HttpHead, page: Page) -> int:
     """The status of the response by the conditions of a GET (RFC 9110, section 13.2.2).
 
@@ -1726,7 +1731,7 @@ def web_response(
     A header tells monitors of `problems` of the service.
     """
     status = page.status
-    if status == 200 and head.method != "POST":
+    if status == 200 and head.method != "POST" and not CONDITIONS.isdisjoint(head.headers):
         status = conditional_status(head, page)
         page = error_page(412) if status == 412 else page
     headers = {"Date": http_time(int(now)), **page.headers}
