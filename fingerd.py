@@ -2402,7 +2402,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Queue some of the connections that the kernel has accepted for us."""
         deadline = time.monotonic() + self.seconds
         try:
-            for _ in range(64):  # then it is the turn of others
+            for _ in range(512):  # then it is the turn of others
                 sock, address = self.socket.accept()
                 self.ready.append(Connection(sock, address, deadline))
         except BlockingIOError:
