@@ -2436,7 +2436,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Count a connection as one that waits or works; evict others if there are too many."""
         if connection in self.connections:
             return
-        if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 100):
+        if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 20):
             raise ConnectionAbortedError("too many connections")
         connection.network = connection.network or network_of(str(connection))
         self.connections[connection] = None
