@@ -2362,7 +2362,8 @@ class Server(socketserver.ThreadingTCPServer):
         if now > self.next_look:
             self.next_look = now + LOOK_SECONDS
             for connection in list(self.connections):
-                has_stalled = connection.unsent and self.heavy[connection] < now - SEND_SECONDS
+                moved_on = self.heavy.get(connection, now)
+                has_stalled = connection.unsent and moved_on < now - SEND_SECONDS
                 if connection.state == WAITING and (connection.deadline < now or has_stalled):
                     self.shutdown_request(connection)
 
@@ -2534,7 +2535,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def begin_job(self, connection: Connection, job: Job) -> None:
         """Let a worker compute the reply to a connection, as soon as one is free."""
+        if len(connection.received) > RECEIVE_BYTES and len(self.jobs) >= 4 * HEAVY:
+            raise ConnectionAbortedError("too many long requests")
         self.keep(connection)
+        self.heavy.pop(connection, None)  # nobody evicts it while it works
         if connection.events:
             self.selector.unregister(connection.sock)
         connection.state, connection.events, connection.job = WORKING, 0, job

@@ -5403,11 +5403,12 @@ class ConnectionTest(Case):
 
     def closed(self, sock: socket.socket) -> None:
         """Checks that the connection ends while the loop turns."""
+        sock.setblocking(False)
 
         def ended() -> bool:
             self.turn(0.01)
             try:
-                return sock.recv(100, socket.MSG_DONTWAIT) == b""
+                return sock.recv(100) == b""
             except BlockingIOError:
                 return False
             except ConnectionError:
@@ -5509,6 +5510,27 @@ class ConnectionTest(Case):
         self.lines.next_look = 0.0
         self.turn()
         self.assertEqual(self.states(), [])
+
+    def test_a_long_request_that_is_worked_on_does_not_give_way(self) -> None:
+        self.patch(HEAVY=1, RECEIVE_BYTES=10, STALL_SECONDS=-1.0)
+        sock = self.client(b"job " + b"x" * 20)
+        until(lambda: self.turn() or self.lines.heavy)
+        sock.sendall(b"\n")
+        until(lambda: self.turn() or self.states() == ["working"])
+        for _ in range(3):
+            self.client(b"y" * 20)
+        until(lambda: self.turn() or len(self.lines.heavy) == 1)
+        self.lines.go.set()
+        self.reads(sock, b"job " + b"x" * 20 + b"\n")
+
+    def test_long_requests_that_wait_for_a_worker_are_few(self) -> None:
+        self.patch(HEAVY=1, RECEIVE_BYTES=10, WORKERS=1)
+        line = b"job " + b"x" * 20 + b"\n"
+        for count in range(1, 6):  # one has the worker
+            self.client(line)
+            until(lambda n=count: self.turn() or self.states() == ["working"] * n)
+        self.closed(self.client(line))
+        self.assertEqual(self.states(), ["working"] * 5)
 
     def test_many_long_requests_in_part_give_way(self) -> None:
         self.patch(HEAVY=2, RECEIVE_BYTES=10)
