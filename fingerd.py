@@ -82,11 +82,8 @@ MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_ROWS = 200_000  # of the kernel's table of sockets, to find the account of a client
 MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
 MAX_LISTING = 100_000  # bytes of a finger listing
-MAX_HTTP_LINE = 8_192  # bytes of a request line or a header
-MAX_HTTP_HEAD = 16_384  # bytes of a whole request head
-REFRESH_SECONDS = 30  # after which a page reloads, if its reader wants that
-MAX_RANGES = 100  # of media types in an Accept header; 16 kB of them would take 90 ms
-MAX_HEADERS = 100  # of a request
+MAX_HTTP_HEAD, MAX_HEAD_LINES = 16_384, 100  # bytes and lines of a request head
+MAX_ACCEPT = 1_000  # characters of an Accept header that count; 16,000 would take 90 ms
 MAX_BODY = 65_536  # bytes of a request body
 MAX_CHUNKS = 256  # of a request body; they are read again each time that bytes arrive
 MAX_TRAILERS = 4_096  # bytes of the headers behind the last chunk
@@ -473,17 +470,18 @@ def parse_http_time(text: str) -> float:
 
 
 class HttpHead(NamedTuple):
-    """A request head, or in `problem` the status (400 to 505) with which it is refused."""
+    """A request head, or in `problem` the status (400 to 501) with which it is refused."""
 
     problem: int = 0
     size: int = 0  # bytes of the head
     method: str = ""
     path: str = ""
+    user: str = ""  # whom the path names
     query: str = ""
     headers: Mapping[str, str] = {}  # names in lower case; repeated ones joined with ", "
     length: int = 0  # bytes of a body that is not chunked
     chunked: bool = False
-    http_1_1: bool = False
+    expects: bool = False  # whether the client waits for `100 Continue` before it sends the body
     keep: bool = False  # whether the connection stays open afterwards
 
 
@@ -495,16 +493,24 @@ class HttpBody(NamedTuple):
     data: bytes = b""
 
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_HEAD_END = re.compile(rb"\n\r?\n")
-_REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?" % _TOKEN)
-_HEADERS = re.compile(rb"(?:%s:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*" % _TOKEN)
 HOST = r"(?:[0-9A-Za-z._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
-_TARGET = re.compile(rf"(?:(?i:https?)://({HOST}))?(/[^?#]*|)(?:\?([^#]*))?")
-_CHUNK = re.compile(
-    rb"([0-9A-Fa-f]{1,8})[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?(\r\n|\r?\Z)|\Z"
-)  # the first line of a chunk, or its beginning
-_TRAILERS = re.compile(rb"(?:%s:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*(\r\n)?" % _TOKEN)
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_FIELD = rb"%s:[^\x00-\x08\x0a-\x1f\x7f]*" % _TOKEN
+_PATH, _QUERY = rb"/[^\x00-\x20\x7f?#]*", rb"[^\x00-\x20\x7f#]*"
+_REQUEST_LINE = re.compile(
+    rb"[\r\n]*(%s) (?:(?i:https?)://(%s))?(%s)(?:\?(%s))? HTTP/1\.([0-9])\r?\n"
+    % (_TOKEN, HOST.encode(), _PATH, _QUERY)
+)
+_HEADERS = re.compile(rb"(?:%s\r?\n)*\r?\n" % _FIELD)
+_HEAD_END = re.compile(rb"\n\r?\n")
+_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?\r\n")
+_TRAILERS = re.compile(rb"(?:%s\r\n)*\r\n" % _FIELD)
+
+
+def path_user(path: str) -> str:
+    """The user whom a request's path names: all of it, percent-encoded UTF-8."""
+    raw = urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))
+    return clean(decode(raw[:MAX_QUERY]))
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
@@ -520,64 +526,60 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
             return 400
         if coding != "chunked":
             return 501
-    if int(length) > MAX_BODY:
-        return 413
-    return 417 if headers.get("expect", "100-continue").lower() != "100-continue" else 0
+    return 413 if int(length) > MAX_BODY else 0
 
 
 @functools.lru_cache(maxsize=128)  # 6 MB at the most; without it, a response takes 20 % longer
-def parse_complete_head(first: bytes, fields: bytes, size: int) -> HttpHead:
-    """The request in a head of `size` bytes, given its first line and its headers."""
-    line = _REQUEST_LINE.fullmatch(first)
-    if not line:
+def parse_complete_head(head: bytes) -> HttpHead:
+    """The request in a complete head; empty lines may stand before it."""
+    line = _REQUEST_LINE.match(head)
+    if not (line and _HEADERS.fullmatch(head, line.end())):
         return HttpHead(400)
-    method, target, major, minor = (part.decode("latin-1") for part in line.groups())
-    place, http_1_1 = _TARGET.fullmatch(target), minor != "0"
-    if major != "1":
-        return HttpHead(505)
-    if not (place and _HEADERS.fullmatch(fields)):
-        return HttpHead(400)
+    if head.count(b"\n") > MAX_HEAD_LINES:
+        return HttpHead(431)
+    method, host, path, query, minor = (part.decode("latin-1") for part in line.groups(b""))
     headers: dict[str, str] = {}
-    for field in fields.decode("latin-1").split("\n")[:-1]:
+    for field in head[line.end() :].decode("latin-1").split("\n")[:-2]:
         name, _, value = field.partition(":")
         name, value = name.lower(), value.strip(" \t\r")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    http_1_1 = minor != "0"
     problem = header_problem(headers, http_1_1)
     if problem:
         return HttpHead(problem)
-    if place[1]:  # a target in absolute form (section 3.2.2)
-        headers["host"] = place[1]
-    tokens = [token.strip().lower() for token in headers.get("connection", "").split(",")]
+    if host:  # a target in absolute form (section 3.2.2)
+        headers["host"] = host
+    connection = re.split("[ \t]*,[ \t]*", headers.get("connection", "").lower())
     return HttpHead(
-        size=size,
+        size=len(head),
         method=method,
-        path=place[2] or "/",
-        query=place[3] or "",
+        path=path,
+        user=path_user(path),
+        query=query,
         headers=headers,
         length=int(headers.get("content-length", "0")),
         chunked="transfer-encoding" in headers,
-        http_1_1=http_1_1,
-        keep="close" not in tokens and (http_1_1 or "keep-alive" in tokens),
+        expects=http_1_1 and headers.get("expect", "").lower() == "100-continue",
+        keep="close" not in connection and (http_1_1 or "keep-alive" in connection),
     )
 
 
 def parse_http_head(data: bytes) -> HttpHead | None:
     """The request head at the front of `data`, or None while it is incomplete."""
     begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with an extra line
-    end = _HEAD_END.search(data, begin)
-    size = end.end() if end else len(data)
-    first, newline, fields = data[begin : end.start() + 1 if end else size].partition(b"\n")
-    if len(first.rstrip(b"\r")) > MAX_HTTP_LINE:
-        return HttpHead(414)
-    is_long = size > MAX_HTTP_HEAD or fields.count(b"\n") > MAX_HEADERS
-    if size > MAX_HTTP_LINE:
-        is_long |= max(len(line.rstrip(b"\r")) for line in fields.split(b"\n")) > MAX_HTTP_LINE
-    if is_long:
-        return HttpHead(431)
+    end = _HEAD_END.search(data, begin, MAX_HTTP_HEAD)
     if end:
-        return parse_complete_head(first, fields, size)
-    is_wrong = newline and not _REQUEST_LINE.fullmatch(first)  # perhaps HTTP/0.9, without headers
+        return parse_complete_head(data[: end.end()])
+    has_line = b"\n" in data[begin:MAX_HTTP_HEAD]
+    if len(data) >= MAX_HTTP_HEAD:
+        return HttpHead(431 if has_line else 414)
+    is_wrong = has_line and not _REQUEST_LINE.match(data)  # perhaps HTTP/0.9, without headers
     return HttpHead(400) if is_wrong else None
+
+
+def refuse_unless_begun(rest: bytes, end: bytes) -> HttpBody | None:
+    """The refusal of a chunk or trailers in `rest`, or None while their `end` may still come."""
+    return HttpBody(400) if end in rest or len(rest) > MAX_TRAILERS else None
 
 
 def parse_chunks(received: bytes, begin: int) -> HttpBody | None:
@@ -590,9 +592,7 @@ def parse_chunks(received: bytes, begin: int) -> HttpBody | None:
     while True:
         chunk = _CHUNK.match(received, at)
         if not chunk:
-            return HttpBody(400)
-        if chunk[2] != b"\r\n":
-            return None
+            return refuse_unless_begun(received[at:], b"\n")
         size, at = int(chunk[1], 16), chunk.end()
         if not size:
             break
@@ -601,15 +601,14 @@ def parse_chunks(received: bytes, begin: int) -> HttpBody | None:
             return HttpBody(413)
         pieces.append(received[at : at + size])
         at += size + 2
-        behind = received[at - 2 : at]
-        if behind != b"\r\n":
-            return None if b"\r\n".startswith(behind) else HttpBody(400)
+        if len(received) < at:
+            return None
+        if received[at - 2 : at] != b"\r\n":
+            return HttpBody(400)
     trailers = _TRAILERS.match(received, at, at + MAX_TRAILERS)
-    if trailers and trailers[1]:
-        return HttpBody(0, trailers.end() - begin, b"".join(pieces))
-    if len(received) - at >= MAX_TRAILERS:
-        return HttpBody(431)
-    return HttpBody(400) if trailers and b"\n" in received[trailers.end() :] else None
+    if not trailers:
+        return refuse_unless_begun(received[at - 2 :], b"\r\n\r\n")
+    return HttpBody(0, trailers.end() - begin, b"".join(pieces))
 
 
 def parse_http_body(head: HttpHead, received: bytes) -> HttpBody | None:
@@ -618,18 +617,6 @@ def parse_http_body(head: HttpHead, received: bytes) -> HttpBody | None:
         return parse_chunks(received, head.size)
     end = head.size + head.length
     return HttpBody(0, head.length, received[head.size : end]) if len(received) >= end else None
-
-
-def format_http_head(status: int, headers: Mapping[str, str]) -> bytes:
-    """The status line and the headers of a response, with the empty line behind them."""
-    top = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"
-    return "\r\n".join([top, *map(": ".join, headers.items()), "\r\n"]).encode("latin-1")
-
-
-def path_user(path: str) -> str:
-    """The user whom a request's path names: all of it, percent-encoded UTF-8."""
-    raw = urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))
-    return clean(decode(raw[:MAX_QUERY]))
 
 
 # ---- pages -------------------------------------------------------------------------------------
@@ -642,42 +629,29 @@ FORMATS = {  # that a web client may ask for; the media ranges that admit each, 
 }
 
 
-class View(NamedTuple):
-    """How a client wants to see a page."""
+@functools.lru_cache(maxsize=128)  # 4 MB at the most; without it, a response takes 20 % longer
+def choose_format(query: str, accept: str) -> str:
+    """The name in FORMATS that a request asks for, or "" if it accepts none of them.
 
-    format: str  # a name in FORMATS, or "" if the client accepts none of them
-    by_name: bool = False  # the list of users, instead of the newest status first
-    reload: bool = False  # every REFRESH_SECONDS
-
-
-@functools.lru_cache(maxsize=128)  # 2 MB at the most; without it, a response takes 20 % longer
-def choose_format(accept: str) -> str:
-    """The name in FORMATS that an Accept header prefers, or "" if it accepts none of them.
-
-    Each format has the weight of the most specific range that admits it. Among equal weights, a
-    named type comes before one that a wildcard admits; then the client's order decides, then ours.
+    The query decides, else the Accept header. There each format has the weight of the most
+    specific range that admits it. Among equal weights, a named type comes before one that a
+    wildcard admits; then the client's order decides, then ours.
     """
+    asked = urllib.parse.parse_qs(query[:MAX_QUERY]).get("format")
+    if asked:
+        return asked[-1] if asked[-1] in FORMATS else ""
     ranks: dict[str, tuple[float, int]] = {}
-    for place, part in enumerate(accept.lower().split(",", MAX_RANGES)[:MAX_RANGES]):
+    for place, part in enumerate((accept or "*/*")[:MAX_ACCEPT].lower().split(",")):
         media_range, *parameters = map(str.strip, part.split(";"))
         weight = next((word[2:] for word in parameters if word.startswith("q=")), "1")
         if re.fullmatch(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?", weight):
-            ranks[media_range] = float(weight), -MAX_RANGES if "*" in media_range else -place
+            ranks[media_range] = float(weight), -MAX_ACCEPT if "*" in media_range else -place
     found = {
         name: next((ranks[each] for each in (*ranges, "*/*") if each in ranks), (0.0, 0))
         for name, ranges in FORMATS.items()
     }
     best = max(found, key=found.__getitem__)
     return best if found[best][0] else ""
-
-
-def parse_view(query: str, accept: str) -> View:
-    """How a request with this query and this Accept header wants to see a page."""
-    asked = urllib.parse.parse_qs(query[:MAX_QUERY]) if query else {}
-    name = asked["format"][-1] if "format" in asked else choose_format(accept or "*/*")
-    if name != "html":
-        return View(name if name in FORMATS else "")
-    return View(name, asked.get("sort", [""])[-1] == "name", "refresh" in asked)
 
 
 def digest(pieces: Iterable[bytes]) -> str:
@@ -729,7 +703,11 @@ HTML_PAGE = """<!DOCTYPE html>
 <h1>{title}</h1>{main}
 </main>
 </body>
-</html>"""
+</html>
+"""
+NO_STATUS = """<p>Nobody has a status yet. Set the first one by a line
+<code>user: status</code> in the users file.</p>
+"""
 ATOM_FEED = """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom">
 <id>{id}</id>
@@ -738,7 +716,8 @@ ATOM_FEED = """<?xml version="1.0" encoding="utf-8"?>
 <author><name>fingerd</name></author>
 <link rel="alternate" type="text/html" href="{url}"/>
 <link rel="self" href="{url}?format=atom"/>
-{entries}</feed>"""
+{entries}</feed>
+"""
 ATOM_ENTRY = """<entry>
 <id>{id}</id>
 <title>{user}: {text}</title>
@@ -761,14 +740,6 @@ def html_page(title: str, main: str, feed_of: str = "") -> str:
 def html_time(when: float) -> str:
     """`when` as an exact <time> element."""
     return f'<time datetime="{iso_time(when)}">{plain_time(when)}</time>'
-
-
-def page_links(url: str) -> str:
-    """Links to the feed for the page at `url`, and to the page itself as it reloads or not."""
-    return (
-        f'<a href="{url}?format=atom">feed</a> · reload <a href="{url}?refresh={REFRESH_SECONDS}">'
-        f'every {REFRESH_SECONDS} s</a> or <a href="{url}">never</a>'
-    )
 
 
 # An address may hold parentheses in pairs, and does not end with a punctuation mark.
@@ -824,8 +795,8 @@ def parse_json_list(blocks: Iterable[bytes], known: Mapping[str, str], now: floa
 
 
 def user_url(base: str, user: str) -> str:
-    """The URL of a user's page below `base`, or for "" that of everybody's page."""
-    return base + urllib.parse.quote(user, safe="")
+    """The URL of a user's page below `base`, or for "" that of everybody's page, in HTML."""
+    return html.escape(base) + urllib.parse.quote(user, safe="")
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -1411,9 +1382,12 @@ class Policy(NamedTuple):
     hostnames: frozenset[str] = frozenset({"localhost"})  # this machine's names, in lower case
     finger_host: str = "localhost"  # where pages say that users can be fingered,
     finger_port: int = 0  # 0 for nowhere
-    setter_port: int = 0  # on this machine, 0 for none
     public_url: str = ""  # the web server's address behind a proxy, ending in "/"
     feed_root: str = "tag:fingerd,2026:"  # the start of ids in feeds: the same on all replicas
+
+    def url(self, user: str = "") -> str:
+        """The URL of a user's page, or of everybody's, in HTML."""
+        return user_url(self.public_url or "/", user)
 
 
 # ---- finger ------------------------------------------------------------------------------------
@@ -1470,60 +1444,58 @@ class Page(NamedTuple):
     """The part of a response that is the same for every request."""
 
     status: int
-    headers: dict[str, str]
-    pieces: list[bytes]
+    headers: str  # each with its CRLF
+    pieces: list[bytes] = []
+    etag: str = ""
     modified: int = 0  # the second after its last change, since 1970; 0 if that is not known
+
+
+def format_headers(headers: Mapping[str, str]) -> str:
+    """The headers as lines."""
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
 
 
 def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
     """The page of `texts`, which changed last at `since`."""
     texts = iter(texts)
     pieces = list(iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b""))
+    etag = f'"{digest(pieces)}"'
     headers = {
         "Cache-Control": "no-cache",
         "Vary": "Accept",
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-        "ETag": f'"{digest(pieces)}"',
+        "ETag": etag,
         "Content-Type": media_type + "; charset=utf-8",
         "Content-Length": str(sum(map(len, pieces))),
     }
-    return Page(status, headers, pieces, int(since) + 1)
+    return Page(status, format_headers(headers), pieces, etag, int(since) + 1)
 
 
 def error_page(status: int, words: str = "") -> Page:
     """A page with the status and `words`, or the status's usual phrase."""
-    words = words or http.HTTPStatus(status).phrase
+    words = words or http.client.responses[status]
     return make_page(status, "text/html", [html_page(str(status), f"<p>{words}</p>")])
 
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT")
-ANY_ORIGIN = {"Access-Control-Allow-Origin": "*"}  # pages from elsewhere may read this page
-PREFLIGHT = {  # the answer to a browser that asks whether they may
-    **ANY_ORIGIN,
-    "Access-Control-Allow-Methods": "GET, HEAD",
-    "Access-Control-Allow-Headers": "*",
-    "Access-Control-Max-Age": "86400",
-}
+ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"  # pages from elsewhere may read this page
+PREFLIGHT = Page(  # the answer to a browser that asks whether they may
+    204,
+    "Access-Control-Allow-Methods: GET, HEAD\r\n"
+    "Access-Control-Allow-Headers: *\r\n"
+    "Access-Control-Max-Age: 86400\r\n",
+)
 
 
-def finger_links(user: str, policy: Policy) -> list[str]:
-    """How to finger the user, in HTML: the command, and a link."""
-    host, port = policy.finger_host, policy.finger_port
-    if not port:
-        return []
-    command = f"finger {shlex.quote(f'{user}@{host}')}"
-    if port != 79:  # finger(1) takes no port
-        command = f"echo {shlex.quote(user)} | nc {host} {port}"
-        host = f"{host}:{port}"
-    url = html.escape(user_url(f"finger://{host}/", user))
-    return [f"<code>{html.escape(command)}</code>", f'<a href="{url}">finger</a>']
-
-
-def user_html(user: str, status: Status, base: str, policy: Policy, plan: str) -> str:
-    """The page of one user; `base` is the URL of everybody's page, escaped."""
-    url = user_url(base, user)
-    links = [f'<a href="{base}">everybody</a>', *finger_links(user, policy), page_links(url)]
+def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
+    """The page of one user, who may be unknown."""
+    links = [f'<a href="{policy.url()}">everybody</a>']
+    if not (status.text or plan):
+        return html_page(user, f"<p>{NO_SUCH_USER}</p>\n<footer>{links[0]}</footer>")
+    if policy.finger_port == 79:  # finger(1) takes no port
+        command = f"finger {shlex.quote(f'{user}@{policy.finger_host}')}"
+        links.append(f"<code>{html.escape(command)}</code>")
+    links.append(f'<a href="{policy.url(user)}?format=atom">feed</a>')
     main = ""
     if status.text:
         until = f", until {html_time(status.until)}" if status.until else ""
@@ -1531,32 +1503,42 @@ def user_html(user: str, status: Status, base: str, policy: Policy, plan: str) -
         main = f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
     if plan:
         main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n"
-    return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", url)
+    return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", policy.url(user))
 
 
-def atom_feed(user: str, statuses: list[tuple[str, Status]], base: str, root: str) -> str:
+def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> str:
     """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest stands first.
 
     An entry's id is the same as long as its text is, also after a restart and on a replica.
     """
-    root = html.escape(root)
     entries = [
         ATOM_ENTRY.format(
-            id=f"{user_url(root, name)}#{digest([text.encode()])}",
+            id=f"{user_url(policy.feed_root, name)}#{digest([text.encode()])}",
             user=html.escape(name),
             text=html.escape(text),
             updated=iso_time(since),
-            url=user_url(base, name),
+            url=policy.url(name),
         )
         for name, (text, since, _) in statuses
     ]
     return ATOM_FEED.format(
-        id=user_url(root, user),
+        id=user_url(policy.feed_root, user),
         title=html.escape(user or "fingerd"),
         updated=iso_time(statuses[0][1].since if statuses else 0),
-        url=user_url(base, user),
+        url=policy.url(user),
         entries="".join(entries),
     )
+
+
+def user_text(name: str, user: str, status: Status, policy: Policy, plan: str) -> str:
+    """The page of one user in the format `name`."""
+    if name == "html":
+        return user_html(user, status, policy, plan)
+    if name == "json":
+        return json_status(user, *status, plan) + "\n"
+    if name == "atom":
+        return atom_feed(user, [(user, status)] if status.text else [], policy)
+    return (status.text or NO_SUCH_USER) + "\n"
 
 
 def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
@@ -1564,191 +1546,136 @@ def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
     return heapq.nlargest(count, now.users(), key=lambda item: int(item[1].since))
 
 
-def no_status_html(policy: Policy) -> str:
-    """How to set the first status."""
-    setter = f"printf 'user\\nstatus\\n' | nc localhost {policy.setter_port}"
-    here = f", or on this machine by <code>{setter}</code>" if policy.setter_port else ""
-    line = "by a line <code>user: status</code> in the users file"
-    return f"<p>Nobody has a status yet. Set the first one {line}{here}.</p>\n"
-
-
-def list_html(now: Snapshot, by_name: bool, base: str, policy: Policy) -> str:
-    """The page at /: how to ask for a user and, unless that is private, the users."""
+def list_html(now: Snapshot, policy: Policy) -> str:
+    """The page at /: how to ask for a user and, unless that is private, the newest statuses."""
     title, usage = f"Statuses at {policy.finger_host}", "usage: site/user"
     if policy.private:
         return html_page(title, f"<p>The list of users is private here</p>\n<nav>{usage}</nav>")
-    orders = f'sort by <a href="{base}">time</a> or <a href="{base}?sort=name">name</a>'
-    users = now.users() if by_name else newest(now, MAX_PAGE_USERS)
+    feed = f'<a href="{policy.url()}?format=atom">feed</a>'
+    main = f"<p>What everybody here is up to</p>\n<nav>{usage} · {feed}</nav>\n"
     rows = [
-        f'<dt><a href="{user_url(base, user)}">{html.escape(user)}</a></dt>'
+        f'<dt><a href="{policy.url(user)}">{html.escape(user)}</a></dt>'
         f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd>\n"
-        for user, (text, since, _) in itertools.islice(users, MAX_PAGE_USERS)
+        for user, (text, since, _) in newest(now, MAX_PAGE_USERS)
     ]
-    main = (
-        f"<p>What everybody here is up to</p>\n<nav>{usage} · {orders} · {page_links(base)}</nav>\n"
-    )
-    main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else no_status_html(policy)
+    main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else NO_STATUS
     more = now.size() - len(rows)
-    return html_page(title, main + (f"<p>... and {more} more</p>\n" if more else ""), base)
+    return html_page(title, main + (f"<p>... and {more} more</p>\n" if more else ""), policy.url())
+
+
+def list_texts(name: str, now: Snapshot, policy: Policy) -> Iterable[str]:
+    """The list of all users in the format `name`, in pieces."""
+    if name == "html":
+        return [list_html(now, policy)]
+    if name == "json":
+        return json_list(json_status(user, *status) for user, status in now.users())
+    if name == "atom":
+        return [atom_feed("", newest(now, MAX_FEED), policy)]
+    return (f"{user}: {status.text}\n" for user, status in now.users())
+
+
+CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"}
+
+
+def conditional_status(headers: Mapping[str, str], page: Page) -> int:
+    """The status of the response by the conditions of a GET (RFC 9110, section 13.2.2).
+
+    It is 304 if the client has the page, and 412 if it wants no other than one that it has.
+    """
+    wanted, known = headers.get("if-match"), headers.get("if-none-match")
+    if wanted is not None:  # a weak tag, W/"...", does not count here
+        is_wanted = wanted == "*" or page.etag in re.split("[ \t]*,[ \t]*", wanted)
+    else:
+        is_wanted = page.modified <= parse_http_time(headers.get("if-unmodified-since", ""))
+    if not is_wanted:
+        return 412
+    if known is not None:
+        return 304 if known == "*" or page.etag in known else 200
+    is_same = page.modified and headers.get("if-modified-since") == http_time(page.modified)
+    return 304 if is_same else 200
 
 
 class WebAnswers:
     """The pages of the store's users.
 
-    It remembers the last list of everybody for each view (as long as the statuses in it), and
+    It remembers the last list of everybody in each format (as long as the statuses in it), and
     MAX_PAGES users' pages of 20 kB at most. Pages with plans or about unknown names are made for
     each request.
     """
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
-        self._base = html.escape(policy.public_url or "/")  # the URL of everybody's page
-        self._lists: dict[Any, tuple[int, Page]] = {}  # and the versions of the store
+        self._lists: dict[str, tuple[int, Page]] = {}  # and the versions of the store
         self._remembered = functools.lru_cache(MAX_PAGES)(self._user)
-
-    def is_long(self, head: HttpHead) -> bool:
-        """Whether `page` takes long, since a list of many users must be made."""
-        now = self._store.snapshot()
-        if head.path != "/" or self._policy.private or now.size() <= MAX_SHORT_LIST:
-            return False
-        view = parse_view(head.query, head.headers.get("accept", ""))
-        return view.format != "" and self._lists.get(view[:2], (-1,))[0] != now.version
 
     def refusal(self, head: HttpHead) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
-        if head.problem or head.method not in METHODS:
-            return error_page(head.problem or 501)
-        if head.method in ("GET", "HEAD") and head.path != "/RPC2":
+        if head.problem:
+            return error_page(head.problem)
+        is_rpc, is_public = head.path == "/RPC2", self._policy.public_url != ""
+        allowed = [] if is_rpc and not self._store.snapshot().find("RPC2") else ["GET", "HEAD"]
+        allowed += ["POST"] * (is_rpc or head.path == "/")  # some clients post their calls to /
+        allowed += ["OPTIONS"] * (is_public and not is_rpc)
+        if head.method in allowed:
             return None
-        takes_calls = head.path in ("/", "/RPC2")  # some clients post their calls to /
-        if head.method == "POST" and takes_calls:
-            return error_page(415) if "content-encoding" in head.headers else None
-        has_page = head.path != "/RPC2" or self._store.snapshot().find("RPC2") != ""
-        is_public = self._policy.public_url != "" and head.path != "/RPC2"
-        allowed = ["GET", "HEAD"] * has_page + ["POST"] * takes_calls + ["OPTIONS"] * is_public
-        if head.method not in allowed:
-            page = error_page(405)
-            page.headers["Allow"] = ", ".join(allowed)
-            return page
-        return None
+        page = error_page(405)
+        return page._replace(headers=f"Allow: {', '.join(allowed)}\r\n{page.headers}")
 
     def page(self, head: HttpHead, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
-        view = parse_view(head.query, head.headers.get("accept", ""))
-        if not view.format:
-            page = error_page(406, "The formats are " + ", ".join(FORMATS) + ".")
-        elif head.path == "/":
-            page = self._everybody(view)
-        else:
-            page = self._somebody(view.format, path_user(head.path), plan)
-        if view.reload and page.status == 200:
-            refresh = {"Refresh": str(REFRESH_SECONDS)}
-            page = page._replace(headers={**page.headers, **refresh})
-        if self._policy.public_url and head.path != "/RPC2":
-            page = page._replace(headers={**page.headers, **ANY_ORIGIN})
-        return page
-
-    def _everybody(self, view: View) -> Page:
-        """The list of all users."""
-        now, policy = self._store.snapshot(), self._policy
-        if policy.private and view.format != "html":
-            return make_page(403, "text/plain", ["The list of users is private here.\n"])
-        version, page = self._lists.get(view[:2], (-1, None))
-        if page and version == now.version:
-            return page
-        if view.format == "html":
-            texts: Iterable[str] = [list_html(now, view.by_name, self._base, policy)]
-        elif view.format == "text":
-            texts = (f"{user}: {status.text}\n" for user, status in now.users())
-        elif view.format == "json":
-            texts = json_list(json_status(user, *status) for user, status in now.users())
-        else:
-            feed = atom_feed("", newest(now, MAX_FEED), self._base, policy.feed_root)
-            texts = [feed + "\n"]
-        since = -1 if policy.private else now.changed  # which would tell of messages
-        page = make_page(200, FORMATS[view.format][0], texts, since)
-        self._lists[view[:2]] = now.version, page
-        return page
-
-    def _somebody(self, name: str, name_asked: str, plan: str) -> Page:
-        """The page about a user, who may be unknown, in the format `name`."""
+        name = choose_format(head.query, head.headers.get("accept", ""))
+        if not name:
+            return error_page(406, f"The formats are {', '.join(FORMATS)}.")
         now = self._store.snapshot()
-        user = now.find(name_asked)
+        if head.path == "/":
+            return self._list(name, now)
+        user = now.find(head.user)
         status = now.get(user)
-        if plan and name in ("html", "json"):
-            return self._user(name, user or name_asked, status or Status("", 0.0), plan)
-        if status:
+        if status and not plan:
             return self._remembered(name, user, status)
-        if name == "json":
-            text = json.dumps({"user": name_asked[:MAX_NAME], "error": NO_SUCH_USER})
-        elif name == "html":
-            back = f'<footer><a href="{self._base}">everybody</a></footer>'
-            text = html_page(name_asked[:MAX_NAME], f"<p>{NO_SUCH_USER}</p>\n{back}")
-        else:
-            name, text = "text", NO_SUCH_USER
-        return make_page(404, FORMATS[name][0], [text + "\n"])
+        return self._user(name, user or head.user[:MAX_NAME], status or Status("", -1.0), plan)
+
+    def _list(self, name: str, now: Snapshot) -> Page:
+        """The list of all users in the format `name`."""
+        is_private = self._policy.private
+        if is_private and name != "html":
+            return error_page(403, "The list of users is private here.")
+        version, page = self._lists.get(name, (-1, None))
+        if not page or version != now.version:
+            texts = list_texts(name, now, self._policy)
+            since = -1 if is_private else now.changed  # which would tell of messages
+            page = make_page(200, FORMATS[name][0], texts, since)
+            self._lists[name] = now.version, page
+        return page
 
     def _user(self, name: str, user: str, status: Status, plan: str = "") -> Page:
-        """The page of one user in the format `name`. With a plan it has no date."""
-        if name == "html":
-            text = user_html(user, status, self._base, self._policy, plan)
-        elif name == "text":
-            text = status.text
-        elif name == "json":
-            text = json_status(user, *status, plan)
-        else:
-            text = atom_feed(user, [(user, status)], self._base, self._policy.feed_root)
-        return make_page(200, FORMATS[name][0], [text + "\n"], -1 if plan else status.since)
+        """The page of one user, who may be unknown. With a plan it has no date."""
+        text = user_text(name, user, status, self._policy, plan)
+        is_found = status.text or (plan and name in ("html", "json"))
+        since = -1 if plan else status.since
+        return make_page(200 if is_found else 404, FORMATS[name][0], [text], since)
 
-
-CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"}
-
-
-def conditional_status(head: HttpHead, page: Page) -> int:
-    """The status of the response by the conditions of a GET (RFC 9110, section 13.2.2).
-
-    It is 304 if the client has the page, and 412 if it wants no other than one that it has.
-    """
-    etag, headers = page.headers["ETag"], head.headers
-    wanted, known = headers.get("if-match"), headers.get("if-none-match")
-    date = headers.get("if-unmodified-since")
-    if wanted is not None:  # a weak tag, W/"...", does not count here
-        if wanted != "*" and etag not in re.split("[ \t]*,[ \t]*", wanted):
-            return 412
-    elif date is not None and page.modified > parse_http_time(date):
-        return 412
-    if known is not None:
-        return 304 if known == "*" or etag in known else 200
-    is_same = page.modified and headers.get("if-modified-since") == http_time(page.modified)
-    return 304 if is_same else 200
-
-
-def web_response(
-    head: HttpHead, page: Page, now: float, problems: Iterable[str] = ()
-) -> tuple[int, list[bytes]]:
-    """The response with `page` to the request `head` at the time `now`: its status and pieces.
-
-    A header tells monitors of `problems` of the service.
-    """
-    status = page.status
-    if status == 200 and head.method != "POST" and not CONDITIONS.isdisjoint(head.headers):
-        status = conditional_status(head, page)
-        page = error_page(412) if status == 412 else page
-    headers = {"Date": http_time(int(now)), **page.headers}
-    if problems:
-        headers["Fingerd-Problem"] = ", ".join(sorted(problems))
-    if 0 < page.modified <= now:
-        headers["Last-Modified"] = http_time(page.modified)
-    if not (head.keep and head.http_1_1):
-        headers["Connection"] = "keep-alive" if head.keep else "close"
-    if status == 304:
-        del headers["Content-Type"], headers["Content-Length"]
-    top = format_http_head(status, headers)
-    if head.method == "HEAD" or status == 304:
-        return status, [top]
-    if len(page.pieces) == 1 and len(page.pieces[0]) <= BLOCK_BYTES:
-        return status, [top + page.pieces[0]]
-    return status, [top, *page.pieces]  # which many responses share
+    def response(self, head: HttpHead, page: Page, now: float) -> list[bytes]:
+        """The pieces of the response with `page` to the request `head` at the time `now`."""
+        status, more = page.status, ""
+        if status == 200 and head.method != "POST" and not CONDITIONS.isdisjoint(head.headers):
+            status = conditional_status(head.headers, page)
+            page = error_page(412) if status == 412 else page
+        if self._store.problems:  # monitors look for them
+            more = f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
+        if self._policy.public_url and head.method != "POST" and head.path != "/RPC2":
+            more += ANY_ORIGIN
+        if 0 < page.modified <= now:
+            more += f"Last-Modified: {http_time(page.modified)}\r\n"
+        top = (
+            f"HTTP/1.1 {status} {http.client.responses[status]}\r\nDate: {http_time(int(now))}\r\n"
+            f"Connection: {'keep-alive' if head.keep else 'close'}\r\n{more}{page.headers}\r\n"
+        ).encode()
+        if head.method == "HEAD" or status == 304:
+            return [top]
+        if len(page.pieces) == 1 and len(page.pieces[0]) <= BLOCK_BYTES:
+            return [top + page.pieces[0]]
+        return [top, *page.pieces]  # which many responses share
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -2743,17 +2670,20 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         """Nothing: the library would close its files."""
 
     def do_GET(self) -> Page | Callable[[], Page]:
-        head, answers, plans = self.head, self.server.answers, self.server.site.plans
-        if plans and head.path != "/":
-            return lambda: answers.page(head, plans.read(path_user(head.path)))
+        head, server = self.head, self.server
+        plans, is_list = server.site.plans, head.path == "/"
+        if is_list and server.site.store.snapshot().size() > MAX_SHORT_LIST:
+            return self.list_page
+        if plans and not is_list:
+            return lambda: server.answers.page(head, plans.read(head.user))
+        return server.answers.page(head)
 
-        def list_page() -> Page:
-            with self.server.listing:  # one thread makes it, for all that wait for it
-                return answers.page(head)
+    do_HEAD = do_GET  # the response leaves out the body
 
-        return list_page if answers.is_long(head) else answers.page(head)
-
-    do_HEAD = do_GET  # web_response leaves out the body
+    def list_page(self) -> Page:
+        """The list of all users; one thread makes it, for all that wait for it."""
+        with self.server.listing:
+            return self.server.answers.page(self.head)
 
     def do_POST(self) -> Page | Callable[[], Page]:
         content_type = self.head.headers.get("content-type", "")
@@ -2764,14 +2694,16 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return (lambda: rpc.page(call)) if call.method in LONG_CALLS else rpc.page(call)
 
     def do_OPTIONS(self) -> Page:
-        return Page(204, PREFLIGHT, [])
+        return PREFLIGHT
 
 
 class WebServer(Server):
     """Serves the pages, and XML-RPC at /RPC2."""
 
     name, seconds = "web", 15.0
-    fault = Reply([format_http_head(500, {"Connection": "close", "Content-Length": "0"})], 0, True)
+    fault = Reply(
+        [b"HTTP/1.1 500 Error\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"], 0, close=True
+    )
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener, site)
@@ -2790,9 +2722,7 @@ class WebServer(Server):
             head = HttpHead(body.problem)
         refusal = self.answers.refusal(head)
         if body is None:
-            if ended or not (
-                "expect" in head.headers and head.http_1_1 and len(received) == head.size
-            ):
+            if ended or not head.expects or len(received) > head.size:
                 return None
             if not refusal:
                 return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
@@ -2801,8 +2731,10 @@ class WebServer(Server):
             head = head._replace(keep=False)
 
         def respond(page: Page) -> Reply:
-            status, pieces = web_response(head, page, time.time(), self.site.store.problems)
-            log.debug("web: %s: %s %a: %d", connection, head.method, head.path[:MAX_NAME], status)
+            log.debug(
+                "web: %s: %s %a: %d", connection, head.method, head.path[:MAX_NAME], page.status
+            )
+            pieces = self.answers.response(head, page, time.time())
             return Reply(pieces, head.size + body.size, not head.keep)
 
         if refusal:
@@ -3720,7 +3652,6 @@ def make_policy(
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=named or public,
         finger_port=ports.get("finger", 0),
-        setter_port=ports.get("setter", 0),
         public_url=url,
         feed_root=url or (named and f"finger://{named}/") or Policy().feed_root,
     )
