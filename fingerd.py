@@ -3222,8 +3222,6 @@ class FloodFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to write the line; the last one that is written says that more are omitted."""
-        if record.levelno < logging.INFO:
-            return True
         if time.monotonic() >= self._ends:
             self._ends = time.monotonic() + FLOOD_SECONDS
             self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -3262,18 +3260,18 @@ class LogWriter(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor, self._dropped = descriptor, 0
-        self._lines: queue.Queue[str | None] = queue.Queue(LOG_LINES)
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line; the library holds a lock meanwhile."""
-        gap = f" ({self._dropped} lines before this one were dropped)" if self._dropped else ""
-        try:
-            self._lines.put_nowait(self.format(record) + gap)
-            self._dropped = 0
-        except queue.Full:
+        if self._lines.qsize() >= LOG_LINES:
             self._dropped += 1
+            return
+        gap = f" ({self._dropped} lines before this one were dropped)" if self._dropped else ""
+        self._lines.put(self.format(record) + gap)
+        self._dropped = 0
 
     def _write(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -3282,9 +3280,8 @@ class LogWriter(logging.Handler):
                 os.write(self._descriptor, f"{line}\n".encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        """End the log: wait for the queued lines to be written, but only twice LOG_SECONDS."""
-        with contextlib.suppress(queue.Full):
-            self._lines.put(None, timeout=LOG_SECONDS)
+        """End the log: wait for the queued lines to be written, but only LOG_SECONDS."""
+        self._lines.put(None)
         self._thread.join(LOG_SECONDS)
         super().close()
 
@@ -3292,29 +3289,16 @@ class LogWriter(logging.Handler):
 DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
 
 
-class Address(NamedTuple):
-    """An address to listen on; without a host, all addresses of this machine."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def listen(name: str, address: Address) -> socket.socket:
+def listen(name: str, host: str, port: int) -> socket.socket:
     """A listening socket for the server `name`, without a host for both IPv4 and IPv6."""
-    both = not address.host and socket.has_dualstack_ipv6()
-    host = address.host or ("::" if both else "0.0.0.0")
+    both = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        family = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server(
-            (host, address.port), family=family, backlog=BACKLOG, dualstack_ipv6=both
+            (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
         )
     except (OSError, UnicodeError) as problem:
-        number = getattr(problem, "errno", None) or 0
-        words = os.strerror(number) if number > 0 else problem
-        raise StartError(f"cannot listen on {address}: {words} (see --{name})") from None
+        raise StartError(f"--{name}: {getattr(problem, 'strerror', problem)}") from None
 
 
 def notify(message: str) -> None:
@@ -3339,18 +3323,16 @@ def find_identity(run_as: str) -> tuple[int, int]:
 
 def drop_privileges(uid: int, gid: int) -> None:
     """Change to this user and group for good."""
-    for name in ("idna", "latin_1", "cp1252", "iso8859_15", "koi8_r"):
-        importlib.import_module(f"encodings.{name}")  # now: later it may be out of reach
-    for name in ("_strptime", "sqlite3"):
+    for name in ("encodings.idna", "encodings.latin_1", "encodings.cp1252", "_strptime", "sqlite3"):
         with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+            importlib.import_module(name)  # now: later it may be out of reach
     with contextlib.suppress(OSError, OverflowError):  # the result is checked below
         os.setgroups([])  # first, since only root can change them
         os.setgid(gid)
         os.setuid(uid)
     ids = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}, os.getgroups()
     if ids != ({uid}, {gid}, []):
-        raise StartError(f"--run-as: cannot become uid {uid}, gid {gid}")
+        raise StartError(f"--run-as: cannot become uid {uid}, gid {gid}: not root, or out of range")
 
 
 def is_url(users: str) -> bool:
@@ -3400,14 +3382,14 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
 # ================================================================================================
 
 
-def parse_address(text: str, host: str = "") -> Address | None:
-    """The address of PORT, HOST:PORT or [IPV6]:PORT, by default on `host`; None for `off`."""
+def parse_address(text: str, host: str = "") -> tuple[str, int] | None:
+    """The host and the port in an ADDRESS; None for `off`."""
     if text == "off":
         return None
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]:|([^:\[\]]+):)?([0-9]{1,5})", text, re.ASCII)
+    match = re.fullmatch(r"(?:\[([\w:.%]+)\]:|([^:\[\]]+):)?([0-9]{1,5})", text, re.ASCII)
     if not match or int(match[3]) > 65535:
         raise argparse.ArgumentTypeError(f"{text!a} is not PORT, HOST:PORT, [IPV6]:PORT or off")
-    return Address(match[1] or match[2] or host, int(match[3]))
+    return match[1] or match[2] or host, int(match[3])
 
 
 def parse_public_url(text: str) -> str:
@@ -3498,21 +3480,17 @@ Without a host, the finger and web servers listen on all addresses of this
 machine, IPv4 and IPv6, the setter on 127.0.0.1.
 
 examples:
-  fingerd.py /etc/users           on the default ports, as root
-  fingerd.py --check /etc/users   list the problems of the users file
-  fingerd.py --finger 7979 --setter off --web off users
-                                  only finger, without root
+  fingerd.py /etc/users                                   as root
+  fingerd.py --finger 7979 --setter off --web off users   only finger
 
 SIGHUP reloads the users file at once; SIGTERM and SIGINT stop the service.
-exit status: 0 stopped, or no problems (--check); 1 cannot start, or problems
-(--check); 2 wrong options
+exit status: 0 success, 1 no start or --check found problems, 2 wrong options
 """
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 if they are wrong."""
     parser = argparse.ArgumentParser(
-        prog="fingerd.py",
         description="A status line for each user, by finger, web, XML-RPC and IRC, from one file.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -3524,8 +3502,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("-v", "--verbose", action="store_true", help="log every query")
     add = parser.add_argument_group("where to listen").add_argument
     for name, default in DEFAULT_ADDRESSES.items():
-        host = "127.0.0.1" if name == "setter" else ""
-        kind = functools.partial(parse_address, host=host)
+        kind = functools.partial(parse_address, host=default.rpartition(":")[0])
         text = f"address of the {name} server (default: {default}); repeatable"
         add(f"--{name}", metavar="ADDRESS", type=kind, action="append", help=text)
     add = parser.add_argument_group("what to answer").add_argument
@@ -3538,11 +3515,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("how to run").add_argument
     text = "seconds between checks of the users file (default: 30)"
     add("--interval", metavar="S", type=float, default=30.0, help=text)
-    add(
-        "--state",
-        metavar="FILE",
-        help="file for messages, or off (default: in the state directory)",
-    )
+    text = "file for messages, or off (default: in the state directory)"
+    add("--state", metavar="FILE", help=text)
     add("--run-as", metavar="USER[:GROUP]", help="drop root privileges to this user (default: 1:1)")
     add_irc_options(parser)
     options = parser.parse_args(arguments)
@@ -3561,7 +3535,8 @@ def start_log(verbose: bool) -> logging.Handler:
     handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(JournalFormatter() if is_journal() else plain)
-    handler.addFilter(FloodFilter())
+    if not verbose:
+        handler.addFilter(FloodFilter())
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     return handler
@@ -3596,21 +3571,16 @@ def bind(options: argparse.Namespace) -> dict[str, list[socket.socket]]:
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") if is_ours else []
     for number, name in enumerate(names, 3):
-        if name not in listeners:
-            raise StartError(f"LISTEN_FDNAMES: {name!a} is none of {', '.join(listeners)}")
-        if not getattr(options, name):
-            raise StartError(f"--{name} off: mask its unit, since systemd passes a socket for it")
-        listener = socket.socket(fileno=number)
-        if listener.family == socket.AF_UNIX or listener.type != socket.SOCK_STREAM:
-            raise StartError(f"LISTEN_FDS: {name}: not a TCP socket")
-        listeners[name].append(listener)
+        if not (name in listeners and getattr(options, name)):
+            raise StartError(f"LISTEN_FDNAMES: {name!a} is no server, or off: mask its unit")
+        listeners[name].append(socket.socket(fileno=number))
     for name, found in listeners.items():
-        found += [] if found else [listen(name, address) for address in getattr(options, name)]
+        found += [] if found else [listen(name, *address) for address in getattr(options, name)]
         for listener in found:
-            address = Address(*listener.getsockname()[:2])
-            log.info("%s listening on %s", name, address)
-            if name == "setter" and not re.match(r"127\.|::1$", plain_address(address)):
-                log.warning("anybody who can reach %s can set anybody's message", address)
+            host, port = listener.getsockname()[:2]
+            log.info("%s listening on %s:%d", name, f"[{host}]" if ":" in host else host, port)
+            if name == "setter" and not re.match(r"127\.|::1$", plain_address((host, port))):
+                log.warning("anybody who can reach %s can set anybody's message", host)
     return listeners
 
 
@@ -3643,17 +3613,16 @@ def make_policy(
 ) -> Policy:
     """The part of the options that decides answers."""
     ports = {name: some[0].getsockname()[1] for name, some in listeners.items() if some}
-    own, named = socket.gethostname(), options.hostname[0] if options.hostname else ""
-    url = options.public_url or ""
+    own, url = socket.gethostname(), options.public_url or ""
     public = urllib.parse.urlsplit(url).hostname or own
     names = ["localhost", own, own.partition(".")[0], public, *options.hostname]
     return Policy(
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
-        finger_host=named or public,
+        finger_host=options.hostname[0] if options.hostname else public,
         finger_port=ports.get("finger", 0),
         public_url=url,
-        feed_root=url or (named and f"finger://{named}/") or Policy().feed_root,
+        feed_root=url or Policy().feed_root,
     )
 
 
@@ -3666,9 +3635,8 @@ def build_services(
     these are dropped, the users file is read as it will be read later. The state file is opened
     last, so that a start that fails leaves none behind.
     """
-    identity = find_identity(options.run_as or "1:1") if os.geteuid() == 0 else None
-    if options.run_as and not identity:
-        raise StartError("--run-as: only root can become somebody else")
+    needed = options.run_as or os.geteuid() == 0
+    identity = find_identity(options.run_as or "1:1") if needed else None
     listeners, irc = bind(options), irc_options(options)
     path, store = state_path(options, identity), StatusStore()
     bot = IrcBot(irc, store) if irc else None
@@ -3697,25 +3665,17 @@ def build_services(
 
 def limit_connections(servers: list[Server]) -> None:
     """Raise the limit of open descriptors, and let the servers share them."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    share = CONNECTIONS
-    if descriptors != resource.RLIM_INFINITY and servers:
-        share = max(1, (descriptors - SPARE_DESCRIPTORS) // len(servers))
-    if share < CONNECTIONS:
-        log.info("%d descriptors: %d connections for each server", descriptors, share)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
     for server in servers:
-        server.ceiling = min(CONNECTIONS, share)
+        server.ceiling = max(1, min(CONNECTIONS, descriptors // len(servers)))
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; a second signal ends the process at once."""
-    try:
-        store, reloader, servers, bot = build_services(options)
-    except OSError as problem:
-        raise StartError(f"cannot start: {problem.strerror or problem}") from None
+    store, reloader, servers, bot = build_services(options)
     limit_connections(servers)
     ends = store, reloader.finished
     expirer = threading.Thread(target=expire_messages, args=ends, name="expirer", daemon=True)
@@ -3756,7 +3716,7 @@ def main(arguments: list[str] | None = None) -> int:
             return check(find_source(options, None))
         with contextlib.closing(start_log(options.verbose)):
             run(options)
-    except (StartError, UsersError, NotKept) as problem:
+    except (StartError, UsersError, NotKept, OSError) as problem:
         print(f"{'<3>' if is_journal() else ''}fingerd: {problem}", file=sys.stderr)
         return 1
     return 0

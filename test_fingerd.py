@@ -508,7 +508,7 @@ class Case(unittest.TestCase):
 
     def server(self, kind: Any, *arguments: Any, **limits: Any) -> Any:
         """A server in this process, on its `port`; some limits of its class may be others."""
-        listener = fingerd.listen("finger", fingerd.Address("127.0.0.1", 0))
+        listener = fingerd.listen("finger", "127.0.0.1", 0)
         server = type(kind.__name__, (kind,), limits)(listener, fingerd.Site(*arguments))
         server.port = listener.getsockname()[1]
         thread = threading.Thread(target=server.run)
@@ -2201,9 +2201,9 @@ class SetterTest(SharedCase):
         for host, listener in (
             ("127.0.0.1", socket.create_server(("127.0.0.1", 0))),
             ("::1", socket.create_server(("::1", 0), family=socket.AF_INET6)),
-            ("127.0.0.1", fingerd.listen("setter", fingerd.Address("", 0))),
+            ("127.0.0.1", fingerd.listen("setter", "", 0)),
             ("::ffff:127.0.0.1", socket.create_server(("127.0.0.1", 0))),
-            ("::ffff:127.0.0.1", fingerd.listen("setter", fingerd.Address("", 0))),
+            ("::ffff:127.0.0.1", fingerd.listen("setter", "", 0)),
         ):
             with self.subTest(host), listener:
                 os.seteuid(uid)
@@ -3320,10 +3320,10 @@ class CommandLineTest(Case):
 
     def test_a_taken_port_is_one_line(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            port = taken.getsockname()[1]
             for server in FACES:
-                words = command(self.users(), f"--{server}", address)
-                self.refuses_to_start(words, rf"{address}.*in use.*--{server}")
+                words = command(self.users(), f"--{server}", f"127.0.0.1:{port}")
+                self.refuses_to_start(words, rf"--{server}: Address already in use.*{port}")
 
     def test_an_unreadable_users_file_is_one_line(self) -> None:
         file, inside = self.users(), self.users()
@@ -3345,7 +3345,7 @@ class CommandLineTest(Case):
     def test_too_few_descriptors_are_one_line(self) -> None:
         words = command(self.users(), program=("sh", "-c", 'ulimit -n 12; exec "$@"', *PROGRAM))
         words.insert(3, "sh")
-        self.refuses_to_start(words, "cannot start: Too many open files")
+        self.refuses_to_start(words, "Too many open files")
 
     def test_a_python_without_half_its_library_is_one_line(self) -> None:
         code = "import runpy, sys; sys.modules['http'] = None; runpy.run_path({!r})"
@@ -5252,7 +5252,7 @@ class PrivilegesTest(Case):
     def test_run_as_needs_root(self) -> None:
         copy = shutil.copy(FINGERD, self.folder())  # nobody may be kept out of where we are
         program = (python_for_everybody(), str(copy))
-        words = command("/etc/hosts", "--run-as", "1", program=program)
+        words = command("/etc/hosts", "--run-as", "2", program=program)
         self.refuses_to_start(words, "--run-as.*root", preexec_fn=become_nobody)
 
     def test_interpreter_out_of_reach_after_the_drop(self) -> None:
@@ -5352,7 +5352,7 @@ class ConnectionTest(Case):
 
     def setUp(self) -> None:
         self.patch(DRAIN_SECONDS=0.01)
-        self.listener = fingerd.listen("finger", fingerd.Address("127.0.0.1", 0))
+        self.listener = fingerd.listen("finger", "127.0.0.1", 0)
         self.lines = Lines(self.listener, fingerd.Site(make_store()))
         self.lines.go = threading.Event()
         self.addCleanup(self.end)
@@ -5594,7 +5594,6 @@ class HostileTest(Case):
     def test_limits_let_ordinary_clients_in(self) -> None:
         limit = (300, 300)
         service = self.launch(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit))
-        service.wait_for("300 descriptors: 78 connections")
         held: dict[str, list[socket.socket]] = {}
         for face, count in (("finger", PEERS), ("setter", PEERS // 7), ("web", PEERS * 3 // 7)):
             port, parts = service.port(face), (b"", HALF[face][:1], HALF[face])
@@ -5631,7 +5630,6 @@ class HostileTest(Case):
     def test_servers_share_the_descriptors(self) -> None:
         servers = [mock.Mock(), mock.Mock()]
         for limit, ceiling in (
-            (resource.RLIM_INFINITY, fingerd.CONNECTIONS),
             (1_000_000, fingerd.CONNECTIONS),
             (1_064, 500),
             (20, 1),
@@ -6132,7 +6130,7 @@ class StopTest(Case):
         places = [(host, free_port()) for host in hosts]
         users = self.folder() / "users"
         put(users, USERS)
-        listen = [f"--listen={fingerd.Address(*place)}" for place in places]
+        listen = [f"--listen={host}:{port}".replace("::1", "[::1]") for host, port in places]
         program = ("systemd-socket-activate", *listen, "--fdname=finger:finger:web", *PROGRAM)
         words = command(users, program=program)
         process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
@@ -6147,17 +6145,15 @@ class StopTest(Case):
 
     def test_sockets_that_cannot_be_used_end_the_start(self) -> None:
         stream = self.keep(socket.create_server(("127.0.0.1", 0)))
-        datagram = self.keep(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        for name, sock, options, problem in (
-            ("gopher", stream, [], "LISTEN_FDNAMES: 'gopher' is none of finger, setter, web"),
-            ("web", datagram, [], "LISTEN_FDS: web: not a TCP socket"),
-            ("web", stream, ["--web", "off"], "--web off: mask its unit"),
+        for name, options, problem in (
+            ("gopher", [], "LISTEN_FDNAMES: 'gopher' is no server, or off"),
+            ("web", ["--web", "off"], "LISTEN_FDNAMES: 'web' is no server, or off: mask its unit"),
         ):
             with self.subTest(problem):
                 shell = f"LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES={name}" + ' exec "$@" 3<&0'
                 program = ("sh", "-c", shell, "sh", *PROGRAM)
                 words = command("/etc/hosts", *options, program=program)
-                self.refuses_to_start(words, problem, stdin=sock)
+                self.refuses_to_start(words, problem, stdin=stream)
 
     def test_socket_activation_loses_nobody_in_a_restart(self) -> None:
         manager = self.keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -6268,7 +6264,7 @@ class ReplicasTest(Case):
         self.assertEqual(*feeds)
         self.assertIn(b"<id>tag:fingerd,2026:moshez#", feeds[0][1])
         for option, root in (
-            ("--hostname=h", "finger://h/"),
+            ("--hostname=h", "tag:fingerd,2026:"),
             ("--public-url=http://h/s", "http://h/s/"),
             ("--private", "tag:fingerd,2026:"),
         ):
@@ -6577,7 +6573,7 @@ class SurroundingsTest(Case):
 
     def test_without_ipv6(self) -> None:
         without = mock.patch("socket.has_dualstack_ipv6", return_value=False)
-        with without, fingerd.listen("finger", fingerd.Address("", 0)) as listener:
+        with without, fingerd.listen("finger", "", 0) as listener:
             self.assertEqual(listener.family, socket.AF_INET)
 
     @unittest.skipUnless(socket.has_dualstack_ipv6(), "without IPv6")
@@ -6708,9 +6704,8 @@ def commands(block: str) -> list[tuple[str, str]]:
 
 
 def without_times(text: str) -> str:
-    """`text` with a T for each time, and without the line of a log that not every machine has."""
-    text = re.sub(r"T INFO \d+ descriptors.*\n", "", re.sub(TIME, "T", text))
-    return text.rstrip("\n")
+    """`text` with a T for each time."""
+    return re.sub(TIME, "T", text).rstrip("\n")
 
 
 TIME = r"\d{4}-?\d\d-?\d\d[ T][\d:]+(,\d+)?"
