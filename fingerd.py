@@ -116,13 +116,12 @@ SPARE_DESCRIPTORS = 64  # for everything but connections
 WORKERS = 16  # threads that compute replies; each may delay the loop by 0.1 ms
 SEND_SECONDS = 10.0  # for a client to take a reply, and the time of SLOWEST_READER for its bytes
 SLOWEST_READER = 100_000  # bytes a second
-HEAVY = 256  # connections that hold a long request or reply in part; others are light
-STALL_SECONDS = 1.0  # of a stop in one of them, before it is evicted if there are more
+HEAVY = 1_024  # connections that hold a long request or reply in part; others are light
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
 BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
 BACKLOG = 4_096  # connections that the kernel queues for us
-LOOK_SECONDS = 0.5  # between looks for connections whose deadline has passed
+TURNS_SECONDS = 0.1  # between looks for a shutdown, and for connections whose deadline passed
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
 
 # The process.
@@ -2158,15 +2157,14 @@ class Connection:
     received = b""  # bytes that no reply answers yet
     pipelined = False  # whether they are to be answered before more are received
     ended = False  # whether the client has sent everything
-    job: Job | None = None
     result: Reply | None = None  # of the job
-    closing = False  # whether the reply that is being sent is the last one
+    unsent: list[bytes | memoryview] = []  # of the reply that is being sent
+    closing = False  # whether that is the last one
     drain = 0  # bytes that may still come after it, to be dropped
 
     def __init__(self, sock: socket.socket, address: Any, deadline: float) -> None:
         self.sock, self.address = sock, address
         self.deadline = deadline  # of the state `waiting` (time.monotonic())
-        self.unsent: list[bytes | memoryview] = []  # of the reply that is being sent
 
     def __str__(self) -> str:
         return plain_address(self.address)
@@ -2185,13 +2183,11 @@ def choose_evicted(waiting: list[Connection], count: int) -> list[Connection]:
     `waiting` begins with the longest idle one.
     """
     sizes: collections.Counter[bytes] = collections.Counter()
-    ranked: list[tuple[int, Connection]] = []  # the longest idle of a network has the highest rank
+    ranks: dict[Connection, int] = {}  # the longest idle of a network has the highest one
     for connection in reversed(waiting):
         sizes[connection.network] += 1
-        ranked.append((sizes[connection.network], connection))
-    ranked.reverse()
-    chosen = heapq.nlargest(count, ranked, key=lambda entry: entry[0])
-    return [connection for _, connection in chosen]
+        ranks[connection] = sizes[connection.network]
+    return heapq.nlargest(count, waiting, key=ranks.__getitem__)
 
 
 # ---- servers -----------------------------------------------------------------------------------
@@ -2218,7 +2214,7 @@ class Server(socketserver.ThreadingTCPServer):
     name = ""
     seconds = 0.0  # for a request, with the wait for its first byte
     ceiling = CONNECTIONS
-    fault: Reply  # if `reply` or a job raises an exception
+    fault = b""  # the reply if `reply` or a job raises an exception
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener.getsockname(), socketserver.BaseRequestHandler, False)
@@ -2229,18 +2225,18 @@ class Server(socketserver.ThreadingTCPServer):
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when a query is there, or after 1 s
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         self.connections: dict[Connection, None] = {}  # that had to wait; the longest idle first
-        self.heavy: dict[Connection, float] = {}  # and when they last moved on; that first
-        self.ready: collections.deque[Connection] = collections.deque()
-        self.jobs: collections.deque[Connection] = collections.deque()  # that have no worker yet
+        self.heavy: dict[Connection, None] = {}  # of these; the first one moved on least recently
+        self.ready: collections.deque[Connection] = collections.deque()  # to be served in this turn
+        self.handed_back: collections.deque[Connection] = collections.deque()  # in the next one
+        self.jobs: collections.deque[tuple[Connection, Job]] = collections.deque()  # that wait
         self.workers = 0
-        self.handed_back: collections.deque[Connection] = collections.deque()
         self.wakened, self.waker = socket.socketpair()
         self.waker.setblocking(False)
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.wakened, selectors.EVENT_READ)
         self.selector.register(listener, selectors.EVENT_READ)
+        self.newcomers = 0  # that may be accepted in this turn
         self.accepting = True  # False from a failure to accept until the kernel's queue is empty
-        self.next_look = 0.0  # for connections whose deadline has passed
         self.stopping = False
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
@@ -2250,57 +2246,78 @@ class Server(socketserver.ThreadingTCPServer):
         """
         raise NotImplementedError
 
-    # socketserver calls fileno, get_request, process_request and service_actions in the loop.
-
-    def fileno(self) -> int:
-        """The descriptor that is readable if a connection is ready: the selector's."""
-        return self.selector.fileno()
+    # The hooks of socketserver. In the loop, service_actions waits and calls the others.
 
     def get_request(self) -> tuple[Any, Any]:
-        """The next connection that is ready, and its address; BlockingIOError if there is none."""
-        if not self.ready:
-            self.look(0)
-        while self.ready:
+        """The next connection that is ready, and its address; OSError if there is none."""
+        if self.ready:
             connection = self.ready.popleft()
-            if connection.state == WAITING or connection.result:
-                return connection, connection.address
-        raise BlockingIOError
+            return connection, connection.address
+        if not self.newcomers:
+            raise BlockingIOError
+        self.newcomers -= 1
+        try:
+            sock, address = self.socket.accept()
+        except OSError as problem:
+            self.newcomers = 0
+            if isinstance(problem, BlockingIOError):
+                self.accepting = True
+            elif not isinstance(problem, ConnectionError):  # else the client has given up
+                self.cannot_accept(problem)
+            raise
+        return Connection(sock, address, time.monotonic() + self.seconds), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection as far as that is possible without waiting."""
+        """Serve a connection as far as that is possible without waiting for its client."""
         connection: Connection = request
-        try:
-            if connection.result:
-                self.end_job(connection, connection.result)
-            elif connection.unsent:
-                self.send(connection)
+        if connection.state == CLOSED:
+            return
+        if connection.result:
+            self.end_job(connection, connection.result)
+        elif connection.unsent:
+            self.send(connection)
+        elif connection.drain:
+            self.drop(connection)
+        else:
+            if not connection.pipelined:
+                try:
+                    chunk = connection.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    self.wait(connection)
+                    return
+                connection.ended = not chunk
+                connection.received += chunk
+            connection.pipelined = False
+            reply = self.reply(connection.received, connection.ended, connection)
+            if isinstance(reply, Reply):
+                self.send(connection, reply)
+            elif reply:
+                self.begin_job(connection, reply)
+            elif connection.ended:
+                self.shutdown_request(connection)
             else:
-                self.receive(connection)
-        except Exception:
-            self.handle_error(connection, client_address)
-            self.shutdown_request(connection)
+                self.wait(connection)
 
     def service_actions(self) -> None:
-        """Serve the other connections that are ready, then close those whose deadline passed."""
-        with contextlib.suppress(BlockingIOError):
-            while self.ready:
-                self.process_request(*self.get_request())
+        """Serve connections for TURNS_SECONDS; then close those whose deadline has passed."""
         now = time.monotonic()
-        if now > self.next_look:
-            self.next_look = now + LOOK_SECONDS
-            for connection in list(self.connections):
-                moved_on = self.heavy.get(connection, now)
-                has_stalled = connection.unsent and moved_on < now - SEND_SECONDS
-                if connection.state == WAITING and (connection.deadline < now or has_stalled):
-                    self.shutdown_request(connection)
+        until = now + TURNS_SECONDS
+        while now < until:
+            self.turn(until - now)
+            now = time.monotonic()
+        for connection in list(self.connections):
+            if connection.state == WAITING and connection.deadline < now:
+                self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection is closed: a failing connection is the client's fault, not ours."""
+        """Log an error of the connection, which is its client's, or a fault of ours."""
         problem = sys.exc_info()[1]
         if isinstance(problem, OSError):
             log.debug("%s: %s: %s", self.name, request, problem)
         else:
             log.exception("%s: %s", self.name, INTERNAL_ERROR)
+            with contextlib.suppress(OSError):
+                request.sock.send(self.fault, socket.MSG_DONTWAIT)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
@@ -2314,63 +2331,66 @@ class Server(socketserver.ThreadingTCPServer):
 
     # Waiting for connections.
 
-    def look(self, seconds: float) -> None:
-        """Wait for so long at the most until connections are ready, and queue them."""
+    def turn(self, seconds: float) -> bool:
+        """Wait for so long at the most until connections are ready; serve each, and 512 new ones.
+
+        Returns whether there was any.
+        """
         for key, _ in self.selector.select(seconds):
             if key.fileobj is self.socket:
-                self.accept()
+                self.newcomers = 512
             elif key.fileobj is self.wakened:
                 self.wakened.recv(RECEIVE_BYTES)
                 while self.handed_back:
                     self.ready.append(self.handed_back.popleft())
             elif key.data.unsent or not key.data.pipelined:  # else it has been handed back
                 self.ready.append(key.data)
+        any_ready = bool(self.ready or self.newcomers)
+        with contextlib.suppress(OSError):  # of get_request
+            while True:
+                request, address = self.get_request()
+                try:
+                    self.process_request(request, address)
+                except Exception:
+                    self.handle_error(request, address)
+                    self.shutdown_request(request)
+        return any_ready
 
-    def accept(self) -> None:
-        """Queue some of the connections that the kernel has accepted for us."""
-        deadline = time.monotonic() + self.seconds
-        try:
-            for _ in range(512):  # then it is the turn of others
-                sock, address = self.socket.accept()
-                self.ready.append(Connection(sock, address, deadline))
-        except BlockingIOError:
-            self.accepting = True
-        except ConnectionError:  # the client has given up
-            pass
-        except OSError as problem:  # as a rule, no descriptor is left
-            if self.accepting:
-                log.error("%s: cannot accept: %s", self.name, problem.strerror)
-            self.accepting = False
-            if not self.evict(1):
-                time.sleep(0.05)
+    def cannot_accept(self, problem: OSError) -> None:
+        """Log this once, and close a connection: as a rule, no descriptor is left."""
+        if self.accepting:
+            log.error("%s: cannot accept: %s", self.name, problem.strerror)
+        self.accepting = False
+        if not self.evict(1):
+            time.sleep(0.05)
 
     def wait(self, connection: Connection, events: int = selectors.EVENT_READ) -> None:
-        """Let a connection wait until its client sends bytes, or takes them (EVENT_WRITE)."""
-        self.keep(connection)
-        if not connection.events:
-            self.selector.register(connection.sock, events, connection)
-        elif connection.events != events:
-            self.selector.modify(connection.sock, events, connection)
-        connection.events = events
+        """Let a connection wait for events, or for a worker (0)."""
+        if connection not in self.connections:
+            self.add(connection)
+        if events != connection.events:
+            if not connection.events:
+                self.selector.register(connection.sock, events, connection)
+            elif events:
+                self.selector.modify(connection.sock, events, connection)
+            else:
+                self.selector.unregister(connection.sock)
+            connection.events = events
         self.heavy.pop(connection, None)
-        if connection.unsent or len(connection.received) > RECEIVE_BYTES:
-            self.heavy[connection] = time.monotonic()
-            slowest, since = next(iter(self.heavy.items()))
-            has_stalled = since < time.monotonic() - STALL_SECONDS
-            if len(self.heavy) > (HEAVY if has_stalled else 4 * HEAVY):
-                self.shutdown_request(slowest)
+        if events and (connection.unsent or len(connection.received) > RECEIVE_BYTES):
+            self.heavy[connection] = None
+            if len(self.heavy) > HEAVY:
+                self.shutdown_request(next(iter(self.heavy)))
 
-    def keep(self, connection: Connection) -> None:
+    def add(self, connection: Connection) -> None:
         """Count a connection as one that waits or works; evict others if there are too many."""
-        if connection in self.connections:
-            return
         if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 20):
             raise ConnectionAbortedError("too many connections")
         connection.network = connection.network or network_of(str(connection))
         self.connections[connection] = None
 
     def evict(self, count: int) -> bool:
-        """Close up to `count` connections that wait; tells whether there were any.
+        """Close up to `count` connections that wait; returns whether there were any.
 
         A connection is spared if its next bytes have arrived, and one that is taking a reply if
         there are others.
@@ -2381,42 +2401,10 @@ class Server(socketserver.ThreadingTCPServer):
             self.shutdown_request(connection)
         return bool(waiting)
 
-    # Serving a connection.
-
-    def receive(self, connection: Connection) -> None:
-        """Take what the client has sent; send the reply, start a job for it, or wait for more."""
-        if not connection.pipelined:
-            try:
-                chunk = connection.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self.wait(connection)
-                return
-            connection.ended = not chunk
-            if connection.drain:
-                connection.drain -= len(chunk)
-                if connection.ended or connection.drain <= 0:
-                    self.shutdown_request(connection)
-                return
-            connection.received += chunk
-            if len(chunk) == RECEIVE_BYTES:  # there may be more, to be received before the
-                self.keep(connection)  # connection is closed: a reset could overtake the reply
-        connection.pipelined = False
-        try:
-            reply = self.reply(connection.received, connection.ended, connection)
-        except Exception:
-            log.exception("%s: %s", self.name, INTERNAL_ERROR)
-            reply = self.fault
-        if isinstance(reply, Reply):
-            self.send(connection, reply)
-        elif reply:
-            self.begin_job(connection, reply)
-        elif connection.ended:
-            self.shutdown_request(connection)
-        else:
-            self.wait(connection)
+    # Replies.
 
     def send(self, connection: Connection, reply: Reply | None = None) -> None:
-        """Send the first piece of a `reply`, else the next piece of the one that was begun."""
+        """Send as much of a new reply, or of the one that was begun, as the client takes now."""
         if reply:
             connection.received = connection.received[reply.used :]
             connection.closing = reply.close or self.stopping
@@ -2430,46 +2418,47 @@ class Server(socketserver.ThreadingTCPServer):
             sent = 0
         if sent < len(piece):
             connection.unsent.insert(0, memoryview(piece)[sent:])
-        if not connection.unsent:
-            self.end_reply(connection)
-            return
-        if reply:
-            size = sum(map(len, connection.unsent))
-            connection.deadline = time.monotonic() + SEND_SECONDS + size / SLOWEST_READER
-        if reply or sent:
+        if connection.unsent:
+            latest, earned = time.monotonic() + SEND_SECONDS, sent / SLOWEST_READER
+            connection.deadline = latest if reply else min(latest, connection.deadline + earned)
             self.wait(connection, selectors.EVENT_WRITE)
-
-    def end_reply(self, connection: Connection) -> None:
-        """Wait for the next request; after the last reply, close."""
-        if not connection.closing:
-            connection.deadline = time.monotonic() + self.seconds
-            self.connections.pop(connection, None)  # to be the last one there: it is not idle
-            self.wait(connection)
-            if connection.pipelined:  # after the turn of the others
-                self.hand_back(connection)
-        elif (
-            connection.ended
-            or self.stopping
-            or not (connection.received or connection in self.connections)
-        ):
+        elif not connection.closing:
+            self.await_request(connection)
+        elif connection.ended or self.stopping or not (connection.received or connection.network):
             self.shutdown_request(connection)
-        else:  # receive what is still on its way: a reset could overtake the reply
-            connection.sock.shutdown(socket.SHUT_WR)
-            connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
-            self.wait(connection)
+        else:
+            self.await_end(connection)
+
+    def await_request(self, connection: Connection) -> None:
+        """Wait for the client's next request."""
+        connection.deadline = time.monotonic() + self.seconds
+        self.connections.pop(connection, None)  # to be the last one there: it is not idle
+        self.wait(connection)
+        if connection.pipelined:  # after the turn of the others
+            self.hand_back(connection)
+
+    def await_end(self, connection: Connection) -> None:
+        """Wait for the client to close: bytes that are still on their way could reset the reply."""
+        connection.sock.shutdown(socket.SHUT_WR)
+        connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
+        self.wait(connection)
+
+    def drop(self, connection: Connection) -> None:
+        """Drop what a client sends after the last reply."""
+        size = len(connection.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT))
+        connection.drain -= size
+        if not size or connection.drain <= 0:
+            self.shutdown_request(connection)
 
     # Jobs.
 
     def begin_job(self, connection: Connection, job: Job) -> None:
         """Let a worker compute the reply to a connection, as soon as one is free."""
-        if len(connection.received) > RECEIVE_BYTES and len(self.jobs) >= 4 * HEAVY:
+        if len(connection.received) > RECEIVE_BYTES and len(self.jobs) >= HEAVY:
             raise ConnectionAbortedError("too many long requests")
-        self.keep(connection)
-        self.heavy.pop(connection, None)  # nobody evicts it while it works
-        if connection.events:
-            self.selector.unregister(connection.sock)
-        connection.state, connection.events, connection.job = WORKING, 0, job
-        self.jobs.append(connection)
+        self.wait(connection, 0)
+        connection.state = WORKING
+        self.jobs.append((connection, job))
         self.start_workers()
 
     def start_workers(self) -> None:
@@ -2478,29 +2467,29 @@ class Server(socketserver.ThreadingTCPServer):
             request: Any = self.jobs.popleft()
             self.workers += 1
             try:
-                super().process_request(request, request.address)
+                super().process_request(request, None)
             except RuntimeError:  # the system has no thread for us: everybody has to wait
-                self.process_request_thread(request, request.address)
+                self.process_request_thread(request, None)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """In a worker: compute the reply, and hand the connection back to the loop."""
-        connection: Connection = request
+        """In a worker: compute a reply, and hand its connection back to the loop."""
+        connection, job = request
         try:
-            connection.result = connection.job and connection.job()
+            connection.result = job()
         except Exception:
             log.exception("%s: %s", self.name, INTERNAL_ERROR)
-            connection.result = self.fault
+            connection.result = Reply([self.fault], 0, close=True)
         self.hand_back(connection)
 
     def hand_back(self, connection: Connection) -> None:
-        """Let the loop serve a connection that is ready; callable from any thread."""
+        """Let the loop serve a connection in its next turn; callable from any thread."""
         self.handed_back.append(connection)
         with contextlib.suppress(OSError):  # enough such bytes are there, or the server has ended
             self.waker.send(b"\0")
 
     def end_job(self, connection: Connection, reply: Reply) -> None:
         """Send the reply that a worker has computed."""
-        connection.state, connection.job, connection.result = WAITING, None, None
+        connection.state, connection.result = WAITING, None
         self.workers -= 1
         self.start_workers()
         self.send(connection, reply)
@@ -2512,13 +2501,10 @@ class Server(socketserver.ThreadingTCPServer):
 
         Answer the queries that have arrived, close the listener, and finish the replies begun.
         """
-        self.serve_forever(0.1)  # seconds until it notices a shutdown
+        self.serve_forever(0)  # seconds to wait for the listener alone
         deadline = time.monotonic() + STOP_SECONDS
-        until = time.monotonic() + 1.0
-        self.look(0)
-        while self.ready and time.monotonic() < until:
-            self.service_actions()
-            self.look(0)
+        while self.turn(0) and time.monotonic() < deadline - STOP_SECONDS / 2:
+            pass
         self.stopping = True
         self.selector.unregister(self.socket)
         self.socket.close()
@@ -2526,7 +2512,6 @@ class Server(socketserver.ThreadingTCPServer):
             if connection.state == WAITING and not connection.unsent:
                 self.shutdown_request(connection)
         while self.connections and time.monotonic() < deadline:
-            self.look(min(LOOK_SECONDS, deadline - time.monotonic()))
             self.service_actions()
         for connection in list(self.connections):
             self.shutdown_request(connection)
@@ -2538,7 +2523,7 @@ class FingerServer(Server):
     """Answers finger queries: one line in, the answer out (RFC 1288)."""
 
     name, seconds = "finger", 10.0
-    fault = Reply([f"{INTERNAL_ERROR}\r\n".encode()], 0, close=True)
+    fault = f"{INTERNAL_ERROR}\r\n".encode()
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener, site)
@@ -2552,22 +2537,24 @@ class FingerServer(Server):
         log.debug("finger: %s: %a", connection, query.user)
         store, policy, plans, _ = self.site
         now = store.snapshot()
+        reached = plain_address(connection.sock.getsockname()) if query.host else ""
+        if query.too_long or (query.user and not plans):
+            text = finger_answer(now, query, policy, reached)
+            # The rest of a query that is too long is on its way.
+            return Reply([text.encode()], 0 if query.too_long else len(received), close=True)
         version, listed = self.lists.get(query, (0, None))
         if version == now.version:
             return listed
-        reached = plain_address(connection.sock.getsockname()) if query.host else ""
-        used = 0 if query.too_long else len(received)  # the rest of a long query is on its way
 
         def answer() -> Reply:
             plan = plans.read(query.user) if plans and query.user else ""
             text = finger_answer(now, query, policy, reached, plan)
-            reply = Reply([text.encode()], used, close=True)
-            if not (query.user or query.host or query.too_long):
+            reply = Reply([text.encode()], len(received), close=True)
+            if not (query.user or query.host):
                 self.lists[query] = now.version, reply
             return reply
 
-        is_short = not plans if query.user else now.size() <= MAX_SHORT_LIST
-        return answer() if is_short or query.too_long else answer
+        return answer if query.user or now.size() > MAX_SHORT_LIST else answer()
 
 
 def account_name(uid: int) -> str:
@@ -2604,7 +2591,7 @@ class SetterServer(Server):
     """
 
     name, seconds = "setter", 60.0
-    fault = Reply([f"ERROR {INTERNAL_ERROR}\r\n".encode()], 0, close=True)
+    fault = f"ERROR {INTERNAL_ERROR}\r\n".encode()
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
         """`ERROR` and the reason; or a job that keeps the message and answers `OK`."""
@@ -2701,9 +2688,7 @@ class WebServer(Server):
     """Serves the pages, and XML-RPC at /RPC2."""
 
     name, seconds = "web", 15.0
-    fault = Reply(
-        [b"HTTP/1.1 500 Error\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"], 0, close=True
-    )
+    fault = b"HTTP/1.1 500 Error\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener, site)
