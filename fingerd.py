@@ -66,7 +66,7 @@ import urllib.parse
 import xml.parsers.expat
 import xmlrpc.client
 from concurrent.futures import Future
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 __version__ = "1.0"
 
@@ -100,14 +100,14 @@ LATE_PLANS = 16  # threads that hang as they read plans; then no more are starte
 
 # The users file and the store.
 MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
-MAX_FILE_LINE = 8_192  # characters of one line in it
+MAX_FILE_LINE = 8_192  # bytes of one line in it
 MAX_USERS = 2_000_000  # users in it
 MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
 MAX_MESSAGES = 100_000  # users with a message of their own
 MAX_DATED = 100_000  # users in the file, if the dates of their lines are kept over a restart
 MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
-FETCH_SECONDS, MAX_REDIRECTS = 10.0, 5  # to get a users file from another server
+FETCH_SECONDS = 10.0  # to get a users file from another server
 LOCKED_SECONDS = 0.4  # for a state file that is locked; a set may wait for two of them
 
 # Connections, for each server.
@@ -163,11 +163,6 @@ UNPRINTABLE = (
 )
 
 
-def decode(raw: bytes) -> str:
-    """The UTF-8 text in `raw`, with U+FFFD for what is none."""
-    return raw.decode("utf-8", "replace")
-
-
 def printable(text: str) -> str:
     """`text` as one printable line, fit for a terminal, IRC and XML.
 
@@ -183,8 +178,8 @@ def clean(text: str) -> str:
     return printable(text).strip()
 
 
-def name_problem(name: str) -> str:
-    """Why `name` cannot be a user's name, or "" if it can."""
+def entry_problem(name: str, text: str = "") -> str:
+    """Why a user cannot have this name and the status `text`, or "" if that is possible."""
     if not name:
         return "no name"
     if len(name) > MAX_NAME:
@@ -193,11 +188,8 @@ def name_problem(name: str) -> str:
         return "a name holds no ':' and no '@'"
     if name[0] in "/#" or name in (".", ".."):
         return "a name does not begin with '/' or '#' and is not '.' or '..'"
-    return "the name is not UTF-8" if "\ufffd" in name else ""
-
-
-def status_problem(text: str) -> str:
-    """Why `text` cannot be a status, or "" if it can."""
+    if "\ufffd" in name:
+        return "the name is not UTF-8"
     return f"the status is longer than {MAX_STATUS} characters" if len(text) > MAX_STATUS else ""
 
 
@@ -212,30 +204,25 @@ class UsersFile(NamedTuple):
     """The content of a users file."""
 
     texts: dict[str, str]
-    problems: list[str]  # `LINE: reason` of the first MAX_PROBLEMS, and how many more there are
+    problems: list[str]  # `LINE: reason` of the first MAX_PROBLEMS, and whether there are more
     repeated: list[str] = []  # `LINE: reason` of lines that replace others; MAX_PROBLEMS at most
     modified: float = 0.0  # seconds since 1970
     dates: dict[str, float] | None = None  # since when; None if the file has no times
     ends: dict[str, float] = {}  # until when, for those that will be taken back
 
 
-def clean_lines(blocks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """The lines in a stream, each cleaned, and its problem or ""; one that is too long is cut."""
-    rest = b""
-    for block in itertools.chain(blocks, [b"\n"]):
-        ended, newline, begun = block.rpartition(b"\n")
-        if newline:
-            text, rest = (rest + ended).decode("utf-8", "surrogateescape"), begun
-            is_printable = text.replace("\n", "").isprintable()
-            is_clean = is_printable and unicodedata.is_normalized("NFC", text)
-            for line in text.split("\n"):
-                if is_clean:
-                    yield line, ""
-                else:  # a surrogate stands for a byte that is not UTF-8
-                    is_utf_8 = not re.search("[\udc80-\udcff]", line)
-                    yield clean(line), "" if is_utf_8 else "not UTF-8"
+def clean_lines(data: bytes) -> Iterator[tuple[str, str]]:
+    """The lines in `data`, each cleaned, and ""; or "" and the problem with the line."""
+    for raw in io.BytesIO(data):
+        if len(raw) > MAX_FILE_LINE:
+            yield "", f"the line is longer than {MAX_FILE_LINE} bytes"
+            continue
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError:
+            yield "", "not UTF-8"
         else:
-            rest = (rest + block)[: 4 * MAX_FILE_LINE + 4]
+            yield line if line.isascii() and line.isprintable() else clean(line), ""
 
 
 def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> UsersFile:
@@ -247,19 +234,15 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
     texts: dict[str, str] = {}
     problems: list[str] = []
     repeated: list[str] = []
-    bad_lines = 0
     for number, (line, problem) in enumerate(lines, 1):
         name, colon, text = line.partition(":")
-        name, text = name.strip(), text.strip()
+        name, text = name.rstrip(), text.lstrip()
         if not problem:
-            if name[:1] == "#" or not (name or colon):
+            if not line or line[0] == "#":
                 continue
-            problem = name_problem(name) or status_problem(text) if colon else "no colon"
-        if len(line) > MAX_FILE_LINE:
-            problem = f"the line is longer than {MAX_FILE_LINE} characters"
+            problem = entry_problem(name, text) if colon else "no colon"
         if problem:
-            bad_lines += 1
-            if bad_lines <= MAX_PROBLEMS:
+            if len(problems) <= MAX_PROBLEMS:
                 problems.append(f"{number}: {problem}")
             continue
         if name in texts and len(repeated) < MAX_PROBLEMS:
@@ -268,8 +251,8 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
         texts[name] = old if old == text else text
         if len(texts) > MAX_USERS:
             break
-    if bad_lines > MAX_PROBLEMS:
-        problems.append(f" ... and {bad_lines - MAX_PROBLEMS} more bad lines")
+    if len(problems) > MAX_PROBLEMS:
+        problems[-1] = " ... and more bad lines"
     return UsersFile(texts, problems, repeated)
 
 
@@ -303,7 +286,7 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
         return FingerQuery(too_long=True)
     if not end and not ended:
         return None
-    line = clean(decode(data[start:size]))
+    line = clean(data[start:size].decode("utf-8", "replace"))
     padded = f" {line} ".upper()
     in_front, behind = padded.startswith(" /W "), padded.endswith(" /W ")
     if in_front or behind:
@@ -314,7 +297,7 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
 
 def parse_plan(data: bytes) -> str:
     """The text of a file that begins with `data`: MAX_PLAN bytes and MAX_PLAN_LINES at most."""
-    *lines, last = decode(data[:MAX_PLAN]).split("\n")
+    *lines, last = data[:MAX_PLAN].decode("utf-8", "replace").split("\n")
     if last and len(data) <= MAX_PLAN:
         lines.append(last)
     is_cut = len(data) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
@@ -356,10 +339,10 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
         return Setting("", "", "too long")
     if not newline and not ended:
         return None
-    line = decode(first[:MAX_QUERY]).rstrip("\r")
+    line = first[:MAX_QUERY].decode("utf-8", "replace").rstrip("\r")
     who = clean(line)
     user, colon, time_words = map(str.strip, who.partition(":"))
-    problem = name_problem(user)
+    problem = entry_problem(user)
     if GREETINGS.match(who):
         problem = "the first line belongs to another protocol"
     if re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
@@ -368,8 +351,8 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
         return Setting("", "", problem)
     if not complete and not ended:
         return None
-    text = clean(decode(second))
-    problem = status_problem(text) if rest else "no status line"
+    text = clean(second.decode("utf-8", "replace"))
+    problem = entry_problem(user, text) if rest else "no status line"
     return Setting(user, text, problem, time_words if colon else None)
 
 
@@ -509,7 +492,7 @@ _TRAILERS = re.compile(rb"(?:%s\r\n)*\r\n" % _FIELD)
 def path_user(path: str) -> str:
     """The user whom a request's path names: all of it, percent-encoded UTF-8."""
     raw = urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))
-    return clean(decode(raw[:MAX_QUERY]))
+    return clean(raw[:MAX_QUERY].decode("utf-8", "replace"))
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
@@ -767,7 +750,7 @@ def json_list(objects: Iterator[str]) -> Iterator[str]:
     return itertools.chain(["[", next(objects, "")], (",\n" + each for each in objects), ["]\n"])
 
 
-def parse_json_list(blocks: Iterable[bytes], known: Mapping[str, str], now: float) -> UsersFile:
+def parse_json_list(data: bytes, known: Mapping[str, str], now: float) -> UsersFile:
     """The users in a `json_list` of `json_status`; a line with something else is skipped.
 
     A date more than MAX_SKEW after `now` becomes `now`; an end is MAX_AHEAD after it at most.
@@ -776,13 +759,13 @@ def parse_json_list(blocks: Iterable[bytes], known: Mapping[str, str], now: floa
     ends: dict[str, float] = {}
 
     def lines() -> Iterator[tuple[str, str]]:
-        for line, problem in clean_lines(blocks):
+        for line, problem in clean_lines(data):
             line = line.lstrip("[").rstrip(",]")
             try:
                 if line and not problem:
                     entry = json.loads(line)
                     user, since = clean(entry["user"]), parse_iso_time(entry["since"])
-                    line, problem = f"{user}: {clean(entry['status'])}", name_problem(user)
+                    line, problem = f"{user}: {clean(entry['status'])}", entry_problem(user)
                     dates[user] = since if 0 <= since <= now + MAX_SKEW else now
                     if entry.get("until"):
                         ends[user] = min(parse_iso_time(entry["until"]), now + MAX_AHEAD)
@@ -881,7 +864,7 @@ class IrcLine(NamedTuple):
 
 def parse_irc_line(raw: bytes) -> IrcLine:
     """Parse the bytes before an LF, whatever they are (RFC 2812, section 2.3.1; IRCv3 tags)."""
-    text = decode(raw.rstrip(b"\r"))
+    text = raw.rstrip(b"\r").decode("utf-8", "replace")
     tags, source, text = re.findall("(?:@([^ ]*) *)?(?::([^ ]*) *)?(.*)", text, re.DOTALL)[0]
     head, colon, trailing = f" {text}".partition(" :")
     command, *params = [word for word in head.split(" ") if word] or [""]
@@ -2736,25 +2719,16 @@ class UsersError(Exception):
     """The users file cannot be read; the text says why, in one line."""
 
 
-class Unsettled(Exception):
-    """The users file is being written, so it should be read a moment later."""
-
-
-def read_users(file: BinaryIO, known: Mapping[str, str]) -> UsersFile:
-    """The users in a file, or in a list in JSON; UsersError if it is too large or in UTF-16."""
-    if file.seek(0, os.SEEK_END) > MAX_FILE:
-        raise UsersError(f"larger than {MAX_FILE} bytes")
-    file.seek(0)
-    begin = file.read(len(JSON_START))
-    file.seek(0)
-    if b"\0" in begin[:2] or begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
+def read_users(data: bytes, known: Mapping[str, str]) -> UsersFile:
+    """The users in a users file or in a list in JSON; UsersError if it is something else."""
+    if b"\0" in data[:4]:
         raise UsersError("in UTF-16, not in UTF-8")
-    most = MAX_FILE // BLOCK_BYTES + 1  # the file may grow meanwhile
-    blocks = itertools.islice(iter(lambda: file.read(BLOCK_BYTES), b""), most)
-    if begin in (JSON_START, b"[]\n"):
-        users = parse_json_list(blocks, known, time.time())
+    if not data.startswith((JSON_START, b"[]\n")):
+        users = parse_users(clean_lines(data), known)
+    elif data.endswith(b"]\n"):
+        users = parse_json_list(data, known, time.time())
     else:
-        users = parse_users(clean_lines(blocks), known)
+        raise UsersError(f"broke off after {len(data)} bytes")
     if len(users.texts) > MAX_USERS:
         raise UsersError(f"more than {MAX_USERS} users")
     return users
@@ -2765,90 +2739,72 @@ class FileSource:
 
     def __init__(self, path: pathlib.Path) -> None:
         self.name, self._path = str(path), path.absolute()
-        self._seen: tuple[int, ...] = ()  # the signature of the file when it was read last
+        self._seen: tuple[int, ...] = ()  # what `_look` returned when the file was read last
 
-    @staticmethod
-    def _signature(status: os.stat_result) -> tuple[int, ...]:
+    def _look(self) -> tuple[int, ...]:
         """A value that differs after every change; () if the file changed a moment ago."""
-        if 0 <= time.time() - status.st_mtime < SETTLE_SECONDS:
+        found = self._path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a device may have any effect
+            raise UsersError("not a regular file")
+        if found.st_size > MAX_FILE:
+            raise UsersError(f"larger than {MAX_FILE} bytes")
+        if 0 <= time.time() - found.st_mtime < SETTLE_SECONDS:
             return ()
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
         """The users file, or None if it has not changed since it was read; raises UsersError.
 
-        Raises Unsettled if it is being written. If `at_once`, it is read in any case.
+        A file that is being written counts as unchanged. If `at_once`, it is read in any case.
         """
         try:
-            found = self._path.stat()
-            if not stat.S_ISREG(found.st_mode):  # opening a device may have any effect
-                raise UsersError("not a regular file")
-            before = self._signature(found)
-            if not at_once and not before:
-                raise Unsettled
-            if not at_once and before == self._seen:
+            before = self._look()
+            if not before and not at_once:
+                time.sleep(SETTLE_SECONDS)
+                before = self._look()
+            if before in ((), self._seen) and not at_once:
                 return None
-            with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                users = read_users(file, known)
-                after = self._signature(os.fstat(file.fileno()))
+            users = read_users(self._path.read_bytes(), known)
+            if self._look() != before and not at_once:
+                return None
+            self._seen = before
+            return users._replace(modified=past(self._path.stat().st_mtime, time.time()))
         except OSError as problem:
-            folders = reversed(self._path.parents)
-            closed = (folder for folder in folders if not os.access(folder, os.X_OK))
-            raise UsersError(f"{next(closed, self._path)}: {problem.strerror}") from None
+            raise UsersError(f"{self.name}: {problem.strerror}") from None
         except UsersError as problem:
             raise UsersError(f"{self.name}: {problem}") from None
-        if after != before and not at_once:
-            raise Unsettled
-        self._seen = after if after == before else ()
-        return users._replace(modified=max(0.0, min(found.st_mtime, time.time())))
 
 
-class Incoming(io.RawIOBase):
-    """The bytes that arrive at `sock` until `end` (monotonic), for http.client to read."""
-
-    def __init__(self, sock: socket.socket, end: float) -> None:
-        self._sock, self._end = sock, end
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._sock.settimeout(left)
-        return self._sock.recv_into(buffer)
+def cut_off(sock: socket.socket, late: threading.Event) -> None:
+    """Set `late` and end the stream for a thread that reads from `sock`."""
+    late.set()
+    with contextlib.suppress(OSError):  # it is closed
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # the method of a TLS socket ends TLS first
 
 
-def find_origin(url: str) -> tuple[str, str, int]:
-    """The scheme, host and port of an http or https URL; raises ValueError if it is another."""
+def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
+    """The response to a GET, and its body; TimeoutError if it is not whole in FETCH_SECONDS."""
     parts = urllib.parse.urlsplit(url)
-    default = {"http": 80, "https": 443}.get(parts.scheme)
-    if not parts.hostname or not default or "@" in parts.netloc:
-        raise ValueError(f"not a URL like http://HOST/ or https://HOST/: {url}")
-    return parts.scheme, parts.hostname, parts.port or default
-
-
-def http_get(
-    url: str, headers: Mapping[str, str], end: float
-) -> tuple[http.client.HTTPResponse, bytes]:
-    """The response to a GET, and its body; TimeoutError if it is not whole at `end` (monotonic)."""
-    scheme, host, port = find_origin(url)
-    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    target = urllib.parse.urlsplit(url)._replace(scheme="", netloc="", fragment="").geturl()
-    body = bytearray()
-    with contextlib.closing(kind(host, port, timeout=FETCH_SECONDS / 2)) as connection:
-        connection.request("GET", target or "/", headers={**headers, "Connection": "close"})
-        incoming: Any = Incoming(connection.sock, end)  # http.client needs no more of a socket
-        response = http.client.HTTPResponse(incoming)
-        response.begin()
-        for block in iter(lambda: response.read1(BLOCK_BYTES), b""):
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.netloc, timeout=FETCH_SECONDS)
+    connection.connect()
+    late, body = threading.Event(), bytearray()
+    timer = threading.Timer(FETCH_SECONDS, cut_off, [connection.sock, late])
+    timer.daemon = True
+    timer.start()
+    try:
+        target = parts._replace(scheme="", netloc="", fragment="").geturl()
+        connection.request("GET", target or "/", headers=headers)
+        response = connection.getresponse()
+        for block in iter(lambda: response.read(BLOCK_BYTES), b""):
             body += block
             if len(body) > MAX_FILE:
                 raise UsersError(f"larger than {MAX_FILE} bytes")
+    finally:
+        timer.cancel()
+        connection.close()
+        if late.is_set():
+            raise TimeoutError("timed out")
     if response.length:
         raise UsersError(f"broke off after {len(body)} bytes")
     return response, bytes(body)
@@ -2857,13 +2813,13 @@ def http_get(
 class UrlSource:
     """A users file on a web server, usually the list of another fingerd.
 
-    Its last content is kept in the file `copy`, if any, for a start while the server is down. The
-    proxies that the environment names are not used.
+    Its last content is kept in the file `copy`, if any, for a start while the server is down. No
+    redirect is followed, and the proxies that the environment names are not used.
     """
 
     def __init__(self, url: str, copy: pathlib.Path | None) -> None:
         self.name, self._copy = url, copy
-        self._conditions: dict[str, str] = {}  # headers that ask whether the list has changed
+        self._etag = ""  # of the list that the server sent last
         self._last: UsersFile | None = None  # the list that `read` returned last
 
     def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
@@ -2872,7 +2828,7 @@ class UrlSource:
         If `at_once`, it is transferred in any case. For the first call, the copy may replace it.
         """
         try:
-            users = self._parse(*self._fetch({} if at_once else self._conditions), known)
+            users = self._ask("" if at_once else self._etag, known)
         except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
             words = f"{self.name}: {clean(str(problem))[:MAX_STATUS]}"
             if self._last or not self._copy or self._copy.is_symlink() or not self._copy.exists():
@@ -2882,50 +2838,30 @@ class UrlSource:
         self._last = users or self._last
         return users
 
-    def _fetch(self, conditions: Mapping[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
-        """The server's response, within FETCH_SECONDS; it may redirect to itself.
+    def _ask(self, etag: str, known: Mapping[str, str]) -> UsersFile | None:
+        """The server's list; None if it has not changed since it had the ETag `etag`.
 
-        The look-up of the server's name has the resolver's limits.
+        A fingerd is the same from the second before its Last-Modified on. The header is missing
+        within that second, and follows with the next answer.
         """
-        accept = "application/json, text/plain;q=0.5"
-        headers = {"User-Agent": f"fingerd/{__version__}", "Accept": accept, **conditions}
-        url, end = self.name, time.monotonic() + FETCH_SECONDS
-        for _ in range(MAX_REDIRECTS + 1):
-            if find_origin(url) != find_origin(self.name):
-                raise UsersError(f"redirects to another server: {url}")
-            response, body = http_get(url, headers, end)
-            if response.status not in (301, 302, 303, 307, 308):
-                return response, body
-            url = urllib.parse.urljoin(url, response.headers["Location"])
-        raise UsersError("redirects too often")
-
-    def _parse(
-        self, response: http.client.HTTPResponse, body: bytes, known: Mapping[str, str]
-    ) -> UsersFile | None:
-        """The list in a 200, None for a 304 to a conditional request; UsersError for the rest.
-
-        A fingerd is the same from the second before its Last-Modified on; if it does not have the
-        header, from the second in which it answers.
-        """
-        names = "Date", "ETag", "Last-Modified"
-        date, etag, last_modified = (response.headers[name] or "" for name in names)
-        now, modified = time.time(), parse_http_time(last_modified or date) - bool(last_modified)
-        if not 0 <= modified <= now + MAX_SKEW:
-            modified, last_modified = now, ""
-        if response.status == http.HTTPStatus.NOT_MODIFIED and self._conditions and self._last:
-            is_newer = last_modified and modified != self._last.modified
+        headers = {"User-Agent": f"fingerd/{__version__}"}
+        headers["Accept"] = "application/json, text/plain;q=0.5"
+        headers.update({"If-None-Match": etag} if etag else {})
+        response, body = http_get(self.name, headers)
+        now, found = time.time(), response.headers
+        modified = parse_http_time(found["Last-Modified"] or "") - 1
+        is_dated = 0 <= modified <= now + MAX_SKEW
+        if response.status == http.HTTPStatus.NOT_MODIFIED and etag and self._last:
+            is_newer = is_dated and modified != self._last.modified
             return self._last._replace(modified=modified) if is_newer else None
-        if response.status != http.HTTPStatus.OK:
-            raise UsersError(f"status {response.status} instead of a list of users")
-        if body.startswith(JSON_START) and not body.endswith(b"]\n"):
-            raise UsersError(f"broke off after {len(body)} bytes")
-        users = read_users(io.BytesIO(body), known)._replace(modified=modified)
-        is_html = response.headers.get_content_type() == "text/html"
-        if is_html or (users.problems and not users.texts):
+        media_type = found.get_content_type()
+        if response.status != http.HTTPStatus.OK or media_type == "text/html":
+            raise UsersError(f"status {response.status}, {media_type}, instead of a list of users")
+        users = read_users(body, known)._replace(modified=modified if is_dated else now)
+        if users.problems and not users.texts:
             raise UsersError("no list of users")
-        self._keep(body, modified)
-        conditions = {"If-None-Match": etag, "If-Modified-Since": last_modified}
-        self._conditions = {name: value for name, value in conditions.items() if value}
+        self._keep(body, users.modified)
+        self._etag = found["ETag"] or ""
         return users
 
     def _keep(self, body: bytes, modified: float) -> None:
@@ -2935,10 +2871,8 @@ class UrlSource:
         new = self._copy.with_name(self._copy.name + ".new")
         try:
             new.unlink(missing_ok=True)
-            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(body)
-                file.flush()
-                os.fsync(file.fileno())
+            new.touch(0o600, exist_ok=False)
+            new.write_bytes(body)
             os.utime(new, (modified, modified))
             os.replace(new, self._copy)
         except OSError as problem:
@@ -2955,49 +2889,31 @@ class Reloader(threading.Timer):
         super().__init__(interval, self.look)
         self.daemon, self.name = True, "reloader"
         self._source, self._store = source, store
-        self._woken = threading.Event()
-        self._at_once = True  # whether the next look reads the file in any case
-        self._reading = threading.Lock()
+        self._woken, self._reading = threading.Event(), threading.Lock()
         self._complaint = ""  # the reason that was logged last
         self._problems: list[str] = []  # the bad lines that were logged last
 
     def run(self) -> None:
         """Look at the file at every tick and when woken, until cancelled."""
         while not self.finished.wait(0.1):  # signals may come faster
-            self._woken.wait(self.interval)
+            at_once = self._woken.wait(self.interval)
             self._woken.clear()
-            while not (self.finished.is_set() or self.look()):
-                self.finished.wait(SETTLE_SECONDS)
-
-    def cancel(self) -> None:
-        """End the thread."""
-        super().cancel()
-        self._woken.set()
+            self.look(at_once)
 
     def reload(self) -> None:
         """Have the thread read the file soon, changed or not."""
-        self._at_once = True
         self._woken.set()
 
     def refresh(self) -> None:
-        """Look at the file before a message is set over it; wait a moment if it is being written.
-
-        A server is not asked again for each message: it may be slow.
-        """
-        if isinstance(self._source, FileSource) and not self.look():
-            self.finished.wait(SETTLE_SECONDS)
+        """Look at the file before a message is set; not at a server, which may be slow."""
+        if isinstance(self._source, FileSource):
             self.look()
 
-    def look(self) -> bool:
-        """Read the file if it has changed, and log the reason if it cannot be read.
-
-        Returns False if it is being written: then it was not read.
-        """
+    def look(self, at_once: bool = False) -> None:
+        """Do `load`, but log the reason if the file cannot be read."""
         complaint = ""
         try:
-            self.load()
-        except Unsettled:
-            return False
+            self.load(at_once)
         except Exception as problem:
             complaint = str(problem) or repr(problem)
         if complaint and complaint != self._complaint:
@@ -3007,16 +2923,14 @@ class Reloader(threading.Timer):
         self._complaint = complaint
         note = self._store.problems.add if complaint else self._store.problems.discard
         note("users file")
-        return True
 
-    def load(self) -> None:
-        """Give the store the file if it has changed; raises UsersError or Unsettled.
+    def load(self, at_once: bool = True) -> None:
+        """Give the store the file if it has changed or `at_once`; raises UsersError.
 
         Bad lines are logged once per content.
         """
         with self._reading:
-            now = self._store.snapshot()
-            at_once, self._at_once = self._at_once, False
+            now, name = self._store.snapshot(), self._source.name
             users = self._source.read(now.file, at_once)
             if not users:
                 return
@@ -3024,7 +2938,7 @@ class Reloader(threading.Timer):
             when = users.modified if has_times or not now.version else time.time()
             is_new = self._store.replace_file(users, when)
             if is_new or users.problems != self._problems:
-                name, self._problems = self._source.name, users.problems
+                self._problems = users.problems
                 for problem in users.problems:
                     log.warning("%s:%s", name, problem)
                 told = sum(map(bool, users.texts.values()))
@@ -3060,7 +2974,7 @@ class Plans:
     def read(self, name: str) -> str:
         """The text of a user's plan; "" if there is none, or if it takes over PLAN_SECONDS."""
         user = self._store.snapshot().find(name) or name
-        if name_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
+        if entry_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
             return ""
         with self._lock:
             self._late = {each: late for each, late in self._late.items() if each.is_alive()}

@@ -651,14 +651,14 @@ def raw(*lines: str, end: str = "\r\n") -> bytes:
     return (end.join(lines) + end * 2).encode("latin-1")
 
 
-def parse_users(*blocks: bytes) -> fingerd.UsersFile:
-    """The content of a users file that is read in these blocks."""
-    return fingerd.parse_users(fingerd.clean_lines(blocks), {})
+def parse_users(data: bytes) -> fingerd.UsersFile:
+    """The content of a users file of these bytes."""
+    return fingerd.parse_users(fingerd.clean_lines(data), {})
 
 
-def parse_json(*blocks: bytes) -> fingerd.UsersFile:
-    """The content of a list in JSON that is read in these blocks at the second 1,000,000."""
-    return fingerd.parse_json_list(blocks, {}, 1_000_000.0)
+def parse_json(data: bytes) -> fingerd.UsersFile:
+    """The content of a list in JSON that is read at the second 1,000,000."""
+    return fingerd.parse_json_list(data, {}, 1_000_000.0)
 
 
 class CodecsTest(Case):
@@ -698,18 +698,16 @@ class CodecsTest(Case):
                 ("a" + "\u0301\u0323" * 300_000, "a" + "\u0301\u0323" * 300_000),
             ],
         )
-        self.table(fingerd.decode, [(b"zo\xc3\xa9", "zo\u00e9"), (b"zo\xe9", "zo\ufffd")])
 
     def test_bad_names_have_a_problem(self) -> None:
         for name in ("a", "John Doe", "zo\u00e9", "a/b", "a#", "...", "x" * 64, FAMILY):
-            self.assertEqual(fingerd.name_problem(name), "", name)
+            self.assertEqual(fingerd.entry_problem(name), "", name)
         for name in ("", "a:b", "a@b", "/a", "#a", ".", "..", "x" * 65, "a\ufffd"):
-            self.assertNotEqual(fingerd.name_problem(name), "", name)
+            self.assertNotEqual(fingerd.entry_problem(name), "", name)
 
     USERS_FILES: ClassVar = [
         (b"", {}),
         (b"\n \n# c\n  # c: d\n#\n", {}),
-        (b"#" * 99_999 + b"\na: 1\n", {"a": "1"}),
         (b"moshez: Happy and well\nshawn:alive", {"moshez": "Happy and well", "shawn": "alive"}),
         (b" a  b \t:  c : d \r\n", {"a  b": "c : d"}),
         (b"a: 1\nb: 2\n", {"a": "1", "b": "2"}),
@@ -731,6 +729,7 @@ class CodecsTest(Case):
         (b"a: " + b"x" * 1001, "the status is longer"),
         (b"a: " + b" " * 8192, "the line is longer"),
         (("a: " + "\U0001f468" * 99_999).encode(), "the line is longer"),
+        (b"#" * 99_999, "the line is longer"),
         (b"a: caf\xe9", "not UTF-8"),
         (b"caf\xe9: \x1b", "not UTF-8"),
         (b"# caf\xe9", "not UTF-8"),
@@ -742,16 +741,15 @@ class CodecsTest(Case):
         for data, texts in self.USERS_FILES:
             with self.subTest(data[:40]):
                 wanted = fingerd.UsersFile(texts, [])
-                self.assertEqual(parse_users(*data.splitlines(True)), wanted)
                 self.assertEqual(parse_users(data), wanted)
         for line, problem in self.BAD_USERS_LINES:
             with self.subTest(line[:40]):
-                users = parse_users(b"b: 1\n", line + b"\nc: 2\n")
+                users = parse_users(b"b: 1\n" + line + b"\nc: 2\n")
                 self.assertEqual((users.texts, len(users.problems)), ({"b": "1", "c": "2"}, 1))
                 self.assertTrue(users.problems[0].startswith(f"2: {problem}"), users.problems)
         users = parse_users(b"x\n" * 1000)
         self.assertEqual(len(users.problems), fingerd.MAX_PROBLEMS + 1)
-        self.assertEqual(users.problems[-1], " ... and 900 more bad lines")
+        self.assertEqual(users.problems[-1], " ... and more bad lines")
 
     def test_the_last_line_for_a_user_counts(self) -> None:
         for data, texts in (
@@ -779,7 +777,6 @@ class CodecsTest(Case):
             )
             with self.subTest(data[:40]):
                 self.assertEqual(parse_json(data.encode()), wanted)
-                self.assertEqual(parse_json(*data.encode().splitlines(True)), wanted)
 
     def test_a_json_list_is_not_trusted(self) -> None:
         line = '{"user": "%s", "status": "%s", "since": %s}'
@@ -815,9 +812,7 @@ class CodecsTest(Case):
         ]
         for text in bad:
             with self.subTest(text[:60]):
-                got = parse_json(
-                    b"[", text.encode() + b",\n", line.encode() % (b"b", b"y", day.encode()), b"]\n"
-                )
+                got = parse_json(f"[{text},\n{line % ('b', 'y', day)}]\n".encode())
                 self.assertEqual((got.texts, len(got.problems)), ({"b": "y"}, 1))
 
     def test_a_line_of_a_text_list_is_parsed_back(self) -> None:
@@ -1825,7 +1820,7 @@ class StateFileTest(Case):
 
 
 class UsersFileTest(Case):
-    """`look` is what the timer does each time, `reload` then what SIGHUP has it do."""
+    """`look` is what the timer does each time, `reload` what SIGHUP has it do."""
 
     def setUp(self) -> None:
         self.path = self.folder() / "users"
@@ -1840,8 +1835,7 @@ class UsersFileTest(Case):
         self.reloader = fingerd.Reloader(self.source, self.store, interval)
 
     def reload(self) -> None:
-        self.reloader.reload()
-        self.reloader.look()
+        self.reloader.look(at_once=True)
 
     def text(self) -> str | None:
         return texts_of(self.store).get("moshez")
@@ -1870,12 +1864,35 @@ class UsersFileTest(Case):
 
     def test_a_young_file_is_put_off_unless_asked(self) -> None:
         self.patch(SETTLE_SECONDS=3600.0)
+        waits: list[float] = []
+        then: list[str] = []
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            for text in then:
+                put(self.path, text, age=7200.0)
+
         put(self.path, "moshez: half", age=0.0)
-        self.reloader.look()
+        with mock.patch("time.sleep", sleep):
+            self.reloader.look()
+            self.assertEqual((self.text(), waits), ("old", [3600.0]))
+            self.reload()
+            self.assertEqual((self.text(), waits), ("half", [3600.0]))
+            then.append("moshez: whole\n")
+            self.reloader.look()
+            self.assertEqual((self.text(), waits), ("whole", [3600.0] * 2))
+
+    def test_a_file_that_changes_as_it_is_read_is_put_off(self) -> None:
+        def read(path: pathlib.Path) -> bytes:
+            data = original(path)
+            put(path, "moshez: whole\n")
+            return data
+
+        original = pathlib.Path.read_bytes
+        put(self.path, "moshez: half")
+        with mock.patch("pathlib.Path.read_bytes", read):
+            self.reloader.look()
         self.assertEqual(self.text(), "old")
-        self.reload()
-        self.assertEqual(self.text(), "half")
-        put(self.path, "moshez: whole\n", age=7200.0)
         self.reloader.look()
         self.assertEqual(self.text(), "whole")
 
@@ -1912,7 +1929,7 @@ class UsersFileTest(Case):
         for text, logged in (
             ("moshez: new\n\noops\na@b: c\n", {r"users:3: \w+": 1, r"users:4: \w+": 1}),
             ("moshez: new\noops\n", {"users:2: ": 1, "users:3: ": 1}),
-            ("oops\n" * 1000, {"users:100: ": 1, "users:101: ": 0, "900 more": 1}),
+            ("oops\n" * 1000, {"users:100: ": 1, "users:101: ": 0, "and more": 1}),
         ):
             put(self.path, text)
             for _ in range(3):
@@ -3334,8 +3351,8 @@ class CommandLineTest(Case):
         hint = rf" for {account.pw_name} \(uid {account.pw_uid}\)" + ": see --run-as" * ROOT
         for users, problem in (
             (file, f"{file}: Permission denied{hint}"),
-            (inside, f"{inside.parent}: Permission denied{hint}"),
-            ("/nowhere/at/all/users", "/nowhere: No such file or directory"),
+            (inside, f"{inside}: Permission denied{hint}"),
+            ("/nowhere/at/all/users", "/nowhere/at/all/users: No such file or directory"),
             ("/dev/null", "/dev/null: not a regular file"),
         ):
             with self.subTest(users):
@@ -5868,15 +5885,17 @@ class FuzzTest(Case):
 
         latin = data.decode("latin-1")
         is_clean(fingerd.clean(latin), fingerd.clean(data.decode("utf-8", "surrogateescape")))
-        for name, status in parse_users(*data.splitlines(keepends=True)).texts.items():
+        for name, status in parse_users(data).texts.items():
             is_clean(name, status)
             line = f"{name}: {status}\n".encode()
-            again = parse_users(b"\n", line)
-            self.assertEqual((fingerd.name_problem(name), again.texts), ("", {name: status}))
+            again = parse_users(b"\n" + line)
+            self.assertEqual(
+                (fingerd.entry_problem(name, status), again.texts), ("", {name: status})
+            )
         is_clean(fingerd.parse_finger(data, True).user)
         user, text, problem, _ = fingerd.parse_setting(data, True)
         is_clean(user, text, problem)
-        self.assertTrue(problem or not fingerd.name_problem(user) + fingerd.status_problem(text))
+        self.assertTrue(problem or not fingerd.entry_problem(user, text))
         head = fingerd.parse_http_head(data)
         if head and head.problem:
             http.HTTPStatus(head.problem)
@@ -6306,7 +6325,9 @@ class ReplicasTest(Case):
         first.set("moshez", "back")
         until(lambda: replica.finger("moshez") == "back\r\n")
 
-    def fake(self, *answers: bytes) -> tuple[fingerd.UrlSource, list[bytes]]:
+    def fake(
+        self, *answers: bytes, wrap: Callable[..., Any] = lambda sock: sock
+    ) -> tuple[fingerd.UrlSource, list[bytes]]:
         """A source whose server gives these answers, one to a connection; and its requests."""
         listener = self.keep(socket.create_server(("127.0.0.1", 0)))
         requests: list[bytes] = []
@@ -6314,7 +6335,7 @@ class ReplicasTest(Case):
         def serve() -> None:
             with contextlib.suppress(OSError):  # the test is over
                 for answer in answers:
-                    with listener.accept()[0] as sock:
+                    with wrap(listener.accept()[0]) as sock:
                         requests.append(sock.recv(65536))
                         sock.sendall(answer)
 
@@ -6328,58 +6349,50 @@ class ReplicasTest(Case):
     def test_it_asks_whether_the_list_has_changed(self) -> None:
         etag, date = b'ETag: "x"\r\n', b"Last-Modified: Sun, 09 Sep 2001 01:46:41 GMT\r\n"
         same = b"HTTP/1.1 304 Not Modified\r\n\r\n"
-        source, requests = self.fake(ok(b"a: b\n", etag, date), same, ok(b"a: b\n"), ok(b"a: c\n"))
+        newer = b"HTTP/1.1 304 Not Modified\r\nLast-Modified: Sun, 09 Sep 2001 01:46:42 GMT\r\n\r\n"
+        source, requests = self.fake(
+            ok(b"a: b\n", etag, date), same, newer, newer, ok(b"a: b\n"), ok(b"a: c\n")
+        )
         first = source.read({}, at_once=True)
         self.assertEqual(first, fingerd.UsersFile({"a": "b"}, [], modified=1_000_000_000.0))
         self.assertIsNone(source.read(first.texts, at_once=False))
+        again = first._replace(modified=1_000_000_001.0)
+        self.assertEqual(source.read(first.texts, at_once=False), again)
+        self.assertIsNone(source.read(first.texts, at_once=False))
         self.assertEqual(source.read(first.texts, at_once=True).texts, first.texts)
         self.assertEqual(source.read(first.texts, at_once=False).texts, {"a": "c"})
-        conditions = [b'If-None-Match: "x"' in each and b"Since: Sun" in each for each in requests]
-        self.assertEqual(conditions, [False, True, False, False])
+        conditions = [b'If-None-Match: "x"' in each for each in requests]
+        self.assertEqual(conditions, [False, True, True, True, False, False])
         self.assertRegex(requests[0], rb"\AGET /a\?b HTTP/1\.1\r\nHost: 127\.0\.0\.1:\d+\r\n")
 
     def test_what_is_no_list_is_an_error(self) -> None:
-        moved = b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n"
+        moved = b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 5\r\n\r\na: b\n"
         rows = [
             (b"HTTP/1.1 304 Not Modified\r\n\r\n", "status 304"),
             (b"HTTP/1.1 206 Partial\r\n\r\na: b\n", "status 206"),
             (b"HTTP/1.1 404 Not Found\r\n\r\na: b\n", "status 404"),
-            (ok(b"a: b\n", b"Content-Type: text/html\r\n"), "no list"),
+            (ok(b"a: b\n", b"Content-Type: text/html\r\n"), "status 200, text/html, instead of"),
             (ok(b"<p>Hello!</p>\n"), "no list"),
             (ok(b"a: b\n", b"Content-Length: 30\r\n"), "broke off"),
             (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n\xff\n", "no list"),
             (b"220 mail.example.com ESMTP\r\n", "220 mail"),
             (b"", "closed"),
-            (moved % b"http://127.0.0.1:1/", "redirects to another server: http://127.0.0.1:1/"),
-            (moved % b"//localhost/", "redirects to another"),
-            (moved % b"https://127.0.0.1/", "redirects to another"),
-            (moved % b"file:///etc/passwd", "not a URL like"),
-            (moved % b"ftp://127.0.0.1/", "not a URL like"),
-            (moved % b"http://me@127.0.0.1/", "not a URL like"),
-            (b"HTTP/1.1 302 Found\r\n\r\n", "redirects too often"),
+            (moved, "status 302, text/plain, instead of a list of users"),
         ]
         for answer, problem in rows:
             with self.subTest(answer):
-                source, _ = self.fake(*[answer] * 6)
+                source, _ = self.fake(answer)
                 with self.assertRaisesRegex(fingerd.UsersError, problem):
                     source.read({}, at_once=True)
-
-    def test_a_redirect_to_the_same_server_is_followed(self) -> None:
-        moved = b"HTTP/1.1 301 Moved\r\nLocation: /c?d#e\r\n\r\n"
-        source, requests = self.fake(moved, ok(b"a: b\n"))
-        self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
-        self.assertTrue(requests[1].startswith(b"GET /c?d HTTP/1.1\r\n"))
 
     def test_times_in_the_future_are_not_believed(self) -> None:
         future = b"Last-Modified: Fri, 31 Dec 9999 23:59:59 GMT\r\n"
         for date in (future, b"Last-Modified: yesterday\r\n", b""):
             with self.subTest(date):
-                source, requests = self.fake(*[ok(b"a: b\n", date)] * 2)
+                source, _ = self.fake(ok(b"a: b\n", date))
                 before = time.time()
                 users = source.read({}, at_once=True)
                 self.assertTrue(before <= users.modified <= time.time())
-                source.read({}, at_once=False)
-                self.assertNotIn(b"Since", requests[1])
 
     def test_the_copy_is_private_and_follows_no_link(self) -> None:
         source, _ = self.fake(*[ok(b"a: b\n")] * 2)
@@ -6401,9 +6414,11 @@ class ReplicasTest(Case):
         with mock.patch.dict(os.environ, http_proxy="http://127.0.0.1:1/"):
             self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
 
-    def test_a_first_that_trickles_leaves_nothing_behind(self) -> None:
+    def trickles(self, wrap: Callable[..., Any], url: str) -> None:
+        """Read from a server that sends each answer to the connection in `wrap` without an end."""
         rows = [
             (b"HTTP/1.0 200 OK\r\n", b"X: y\r\n"),
+            (b"HTTP/1.0 200 OK\r\n\r\n", b"a: b\n"),
             (b"", b"H"),
             (ok(b"", b"Content-Length: 999999\r\n"), b"a: b\n"),
             (ok(b"", b"Transfer-Encoding: chunked\r\n").replace(b"1.0", b"1.1"), b"1\r\na\r\n"),
@@ -6413,24 +6428,42 @@ class ReplicasTest(Case):
 
         def serve() -> None:
             for start, more in rows:
-                with listener.accept()[0] as sock:
+                with wrap(listener.accept()[0]) as sock:
                     sock.sendall(start)
                     try:
                         while True:  # each recv of the client's is in time
                             sock.sendall(more)
                             time.sleep(0.05)
-                    except ConnectionError:
+                    except OSError:
                         closed.append(start)
 
         listener = self.keep(socket.create_server(("127.0.0.1", 0)))
         threading.Thread(target=serve, daemon=True).start()
-        source = fingerd.UrlSource(f"http://127.0.0.1:{listener.getsockname()[1]}/", None)
+        source = fingerd.UrlSource(url % listener.getsockname()[1], None)
         threads = threading.active_count()
         for start, _ in rows:
             with self.subTest(start), self.assertRaisesRegex(fingerd.UsersError, "timed out"):
                 source.read({}, at_once=True)
             until(lambda wanted=start: wanted in closed)
-            self.assertLessEqual(threading.active_count(), threads)
+        until(lambda: threading.active_count() <= threads)
+
+    def test_a_first_that_trickles_leaves_nothing_behind(self) -> None:
+        self.trickles(lambda sock: sock, "http://127.0.0.1:%d/")
+
+    def test_a_first_that_trickles_by_tls_leaves_nothing_behind(self) -> None:
+        self.trickles(self.by_tls(), "https://localhost:%d/")
+
+    def by_tls(self) -> Callable[[socket.socket], socket.socket]:
+        """A function that gives a connection TLS, with a certificate that this process trusts."""
+        import ssl
+
+        certificate, _ = make_certificate(self.folder())
+        trust = mock.patch.dict(os.environ, SSL_CERT_FILE=str(certificate))
+        trust.start()
+        self.addCleanup(trust.stop)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        return lambda sock: context.wrap_socket(sock, server_side=True)
 
     def test_a_first_may_be_slow_and_keep_the_connection(self) -> None:
         self.patch(FETCH_SECONDS=2 * DEADLINE)
@@ -6462,8 +6495,15 @@ class ReplicasTest(Case):
         self.refuses_to_start(command(self.url(self.first("--private"))), "403")
 
     def test_a_url_may_be_https(self) -> None:
-        with self.assertRaisesRegex(fingerd.UsersError, "Connection refused"):
-            fingerd.UrlSource("https://127.0.0.1:1/", None).read({}, at_once=True)
+        source, requests = self.fake(ok(b"a: b\n"), wrap=self.by_tls())
+        source.name = source.name.replace("http://127.0.0.1", "https://localhost")
+        self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
+        self.assertRegex(requests[0], rb"\AGET /a\?b HTTP/1\.1\r\nHost: localhost:\d+\r\n")
+
+    def test_a_url_without_a_server_is_an_error(self) -> None:
+        for url in ("http://me@127.0.0.1/", "http://[::1/", "https://127.0.0.1:x/"):
+            with self.subTest(url), self.assertRaisesRegex(fingerd.UsersError, re.escape(url)):
+                fingerd.UrlSource(url, None).read({}, at_once=True)
 
     def behind_haproxy(self) -> tuple[Service, Service, dict[str, int]]:
         """A first, its replica, and the ports of the README's HAProxy in front of them."""
