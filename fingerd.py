@@ -130,17 +130,15 @@ LOG_LINES = 1_000  # log lines that wait for stderr; more are dropped
 LOG_SECONDS = 0.5  # the wait for stderr to take these lines when the service stops
 
 # IRC.
-IRC_LINE_BYTES, IRC_TAGS_BYTES = 512, 8_191  # a line, and the tags before it (IRCv3)
-IRC_CHANNELS_BYTES = 400  # all channels and keys with commas between, so that one JOIN holds them
+IRC_TEXT_BYTES = 350  # of a text; a line has 512, with our nick!user@host and the target
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
-IRC_QUERIES_PER_MINUTE, IRC_IGNORE_SECONDS = 12, 300.0  # a user@host that sends more is ignored
+IRC_QUERIES = 12  # of a user@host from one keep-alive to the next; more are ignored
 IRC_ASKERS = 1_000  # user@hosts whose queries are counted
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
 IRC_CONNECT_SECONDS = 15.0  # for each address, and for the TLS handshake
 IRC_REGISTER_SECONDS = 60.0  # for the registration, SASL included
-IRC_SILENCE_SECONDS, IRC_ANSWER_SECONDS = 90.0, 60.0  # before our PING; for the reply to it
-IRC_SETTLED_SECONDS = 60.0  # registered for this long, a connection counts as a success
+IRC_KEEP_ALIVE_SECONDS = 90.0  # between two PINGs, and before a channel is asked for again
 IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # the back-off, doubled by each failure
 IRC_MANY_FAILURES = 20  # so many failures mean the longest back-off
 
@@ -1790,7 +1788,7 @@ class IrcOptions(NamedTuple):
     port: int
     tls: bool = True
     nick: str = "fingerbot"
-    channels: tuple[str, ...] = ()  # each a name, or a name, a blank and a key
+    channels: list[str] = []  # each a name, or a name, a blank and a key
     account: str = ""
     password: str = ""  # of the account; without one, or with a certificate, of the server
     certificate: str = ""  # a PEM file with our certificate and its key
@@ -1803,8 +1801,8 @@ class IrcChannel:
     def __init__(self, text: str) -> None:
         self.name, _, self.key = text.partition(" ")
         self.joined = False
-        self.due = 0.0  # the time of the next attempt to join
-        self.pause = IRC_SILENCE_SECONDS  # from that attempt to the one after it
+        self.due = math.inf  # the time of the next attempt to join
+        self.pause = IRC_KEEP_ALIVE_SECONDS  # from that attempt to the one after it
         self.refusals: set[str] = set()  # the numerics that were logged
 
 
@@ -1823,29 +1821,26 @@ class IrcSession:
         self.payload = ""  # of AUTHENTICATE (RFC 4616); a certificate needs none
         if options.account and not options.certificate:
             secret = f"\0{options.account}\0{options.password}"
-            self.payload = base64.b64encode(secret.encode()).decode()
+            self.payload = base64.b64encode(secret.encode("utf-8", "replace")).decode()
         secrets = [options.password, self.payload, *(c.key for c in self.channels.values())]
-        self.secrets = {clean(secret) for secret in secrets} - {""}
-        self.logged_in = not options.account
-        self.now = self.deadline = 0.0
-        self.registered = 0.0  # the time of registration; 0 before
-        self.pinged = False  # if True, the deadline is that of the reply
-        self.refused = False  # if True, an early retry could get us banned
+        self.secrets = sorted({clean(secret) for secret in secrets} - {""}, key=len, reverse=True)
         self.nick = options.nick
-        endings = ("_", "__", nick_tail)
-        self.other_nicks = [self.nick[: 9 - len(end)] + end for end in endings]  # RFC 2812, 1.2.1
-        self.nick_due = math.inf  # the time to ask for the wanted nick again
-        self.mask = f"~fingerd@{'x' * 63}"  # our user@host; at first the longest one
-        self.forwarded = False  # if True, our next JOIN may be for another channel
-        self.version = 0  # the version of the store that was announced last
-        self.askers: dict[str, tuple[int, float]] = {}  # user@host: queries, end of the count
+        self.other_nick = options.nick[: 9 - len(nick_tail)] + nick_tail  # RFC 2812, 1.2.1
+        self.logged_in = not options.account
+        self.registered = False
+        self.settled = False  # whether the connection has lasted until a keep-alive
+        self.heard = False  # whether the server has sent a line since the last keep-alive
+        self.now = 0.0
+        self.due = 0.0  # the time of the next keep-alive; before, the end of the registration
+        self.version = store.snapshot().version  # that was announced last
+        self.askers: collections.Counter[str] = collections.Counter()  # queries of each user@host
         self.queue: collections.deque[bytes] = collections.deque(maxlen=IRC_QUEUE_LINES)
         self.pace = 0.0  # the time of the next line at a steady pace; a burst may precede it
 
     def begin(self, now: float) -> None:
         """Start the registration."""
-        self.now, self.deadline = now, now + IRC_REGISTER_SECONDS
-        if self.options.password and (self.options.certificate or not self.options.account):
+        self.due = now + IRC_REGISTER_SECONDS
+        if self.options.password and not self.payload:
             self.send("PASS", self.options.password)
         if not self.logged_in:
             self.send("CAP", "REQ", "sasl")
@@ -1854,39 +1849,58 @@ class IrcSession:
 
     def receive(self, raw: bytes, now: float) -> None:
         """Handle a line, which may contain anything."""
-        self.now = now
+        self.now, self.heard = now, True
         line = parse_irc_line(raw)
-        nick, _, user_host = line.source.partition("!")
-        is_ours = self.is_me(nick)
-        if is_ours and user_host:  # some bouncers leave it out
-            self.mask = user_host
         if re.fullmatch("[459][0-9]{2}", line.command):
             self.note_refusal(line)
-        handler = getattr(self, f"on_our_{line.command}" if is_ours else f"on_{line.command}", None)
+        prefix = "on_our_" if self.is_me(line.source.partition("!")[0]) else "on_"
+        handler = getattr(self, prefix + line.command, None)
         if handler:
             handler(line)
-        if self.registered:
-            self.pinged, self.deadline = False, now + IRC_SILENCE_SECONDS
 
     def tick(self, now: float) -> None:
         """Do what is due at `now`."""
         self.now = now
-        if now >= self.deadline:
-            if not self.registered:
-                raise ConnectionError("the registration takes too long")
-            if self.pinged:
-                raise ConnectionError("the server does not reply")
-            self.pinged, self.deadline = True, now + IRC_ANSWER_SECONDS
-            self.send("PING", "fingerd")
-        if now >= self.nick_due:
-            self.nick_due = now + IRC_SILENCE_SECONDS
-            if not self.is_me(self.options.nick):
-                self.send("NICK", self.options.nick)
-        if self.registered:
-            self.join()
+        if now >= self.due:
+            self.keep_alive()
+        self.join()
         # While lines wait, changes wait too: later they are one burst, not a longer queue.
-        if any(channel.joined for channel in self.channels.values()) and not self.queue:
-            self.announce()
+        joined = [channel.name for channel in self.channels.values() if channel.joined]
+        if joined and not self.queue:
+            self.announce(joined)
+
+    def keep_alive(self) -> None:
+        """Check that the server replies, and ask for our nick again if we have another one."""
+        if not self.registered:
+            raise ConnectionError("the registration takes too long")
+        if not self.heard:
+            raise ConnectionError("the server does not reply")
+        self.settled, self.heard = True, False
+        self.due = self.now + IRC_KEEP_ALIVE_SECONDS
+        self.askers.clear()
+        self.send("PING", "fingerd")
+        if not self.is_me(self.options.nick):
+            self.send("NICK", self.options.nick)
+
+    def join(self) -> None:
+        """Ask for the channels that are due."""
+        for channel in self.channels.values():
+            if not channel.joined and channel.due <= self.now:
+                self.send("JOIN", *filter(None, [channel.name, channel.key]))
+                channel.due = self.now + channel.pause
+                channel.pause = min(2 * channel.pause, IRC_LONGEST_RETRY_SECONDS)
+
+    def announce(self, channels: list[str]) -> None:
+        """Tell the channels in a few lines which statuses have changed since the last call."""
+        latest: dict[str, str] = {}
+        for change in self.store.changes_after(self.version):
+            self.version = change.version
+            latest[change.user] = change.text
+        lines = [f"{user}: {text}" for user, text in latest.items()]
+        if len(lines) > IRC_ANNOUNCED:
+            lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
+        for line, channel in itertools.product(lines, channels):
+            self.say(channel, line)
 
     def take(self, now: float) -> bytes:
         """The lines that may be sent now, at the pace of RFC 1459, section 8.10."""
@@ -1901,10 +1915,8 @@ class IrcSession:
 
     def say(self, target: str, text: str) -> None:
         """Queue a text, cut to fit one line, without leading signs that command other bots."""
-        rest = f":{self.nick}!{self.mask} PRIVMSG {target} :\r\n"
         text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
-        room = max(0, IRC_LINE_BYTES - len(rest.encode()))
-        text = text.encode()[:room].decode("utf-8", "ignore")
+        text = text.encode()[:IRC_TEXT_BYTES].decode("utf-8", "ignore")
         if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
             self.send("PRIVMSG", target, text)
 
@@ -1915,10 +1927,9 @@ class IrcSession:
         return self.channels.get(name.lower())
 
     def quote(self, *words: str) -> str:
-        """The server's words for the log, with *** for secrets, and for long parts of one."""
-        text, known = clean(" ".join(words)), " ".join(self.secrets)
-        parts = [part for part in re.findall(r"[\w+/=]{8,}", text) if part in known]
-        for secret in sorted([*self.secrets, *parts], key=len, reverse=True):
+        """The server's words for the log, with *** for our secrets."""
+        text = clean(" ".join(words))
+        for secret in self.secrets:
             text = text.replace(secret, "***")
         return text[:200]
 
@@ -1926,7 +1937,10 @@ class IrcSession:
         self.queue.appendleft(format_irc_line("PONG", line.param(0)))
 
     def on_ERROR(self, line: IrcLine) -> None:
-        raise ConnectionError(f"the server says: {self.quote(*line.params)}")
+        """The end, a refused log-in, a wrong password for the server (464) or a ban (465)."""
+        raise ConnectionError(f"the server says: {self.quote(line.command, *line.params)}")
+
+    on_464 = on_465 = on_902 = on_904 = on_905 = on_906 = on_908 = on_ERROR
 
     def on_CAP(self, line: IrcLine) -> None:
         reply = " ".join(line.params[1:]).split()
@@ -1936,30 +1950,19 @@ class IrcSession:
             raise ConnectionError("the server refuses SASL")
 
     def on_AUTHENTICATE(self, line: IrcLine) -> None:
-        """Log in. After a line of 400 bytes another one follows, of "+" if nothing is left."""
-        if line.param(0) == "+" and not self.logged_in:
-            for start in range(0, len(self.payload) + 1, 400):
-                self.send("AUTHENTICATE", self.payload[start : start + 400] or "+")
+        self.send("AUTHENTICATE", self.payload or "+")
 
     def on_903(self, line: IrcLine) -> None:
         self.logged_in = True
         self.send("CAP", "END")
 
-    def on_904(self, line: IrcLine) -> None:
-        """A refused log-in, a wrong password for the server (464) or a ban (465)."""
-        self.refused = True
-        words = self.quote(*line.params)
-        raise ConnectionError(f"the server refuses us ({line.command}): {words}")
-
-    on_464 = on_465 = on_902 = on_905 = on_906 = on_908 = on_904
-
     def on_433(self, line: IrcLine) -> None:
-        """The nick is taken or not allowed, perhaps for its length; try another one."""
+        """The nick is taken or not allowed, perhaps for its length: try the other one."""
         if self.registered:
             return
-        if not self.other_nicks:
+        if self.nick == self.other_nick:
             raise ConnectionError("the server accepts none of our nicks")
-        self.nick = self.other_nicks.pop(0)
+        self.nick = self.other_nick
         self.send("NICK", self.nick)
 
     on_432 = on_436 = on_437 = on_433
@@ -1967,49 +1970,23 @@ class IrcSession:
     def on_001(self, line: IrcLine) -> None:
         if not self.logged_in:
             raise ConnectionError("the server has no SASL")
-        self.nick = line.param(0)
-        self.registered = self.now
-        self.nick_due = self.now + IRC_SILENCE_SECONDS
-        self.version = self.store.snapshot().version
+        self.registered, self.nick = True, line.param(0)
+        self.due = self.now + IRC_KEEP_ALIVE_SECONDS
         self.report(f"registered as {self.quote(self.nick)}")
         self.send("CAP", "REQ", "message-tags")  # one of them marks bots
         for channel in self.channels.values():  # a bouncer may have connected to its server again
             channel.joined, channel.due = False, self.now
         self.join()
 
-    def on_005(self, line: IrcLine) -> None:
-        for token in line.params[1:]:
-            if re.fullmatch("BOT=[A-Za-z]", token):  # the mode that marks bots
-                self.send("MODE", self.nick, f"+{token[-1]}")
-
     def on_our_NICK(self, line: IrcLine) -> None:
         self.nick = line.param(0)
 
-    def join(self) -> None:
-        """Ask for the channels that are due, those with a key first."""
-        due = [c for c in self.channels.values() if not c.joined and c.due <= self.now]
-        due.sort(key=lambda channel: not channel.key)
-        for channel in due:
-            channel.due = self.now + channel.pause
-            channel.pause = min(2 * channel.pause, IRC_LONGEST_RETRY_SECONDS)
-        if due:
-            keys = ",".join(channel.key for channel in due if channel.key)
-            self.send("JOIN", ",".join(channel.name for channel in due), *filter(None, [keys]))
-
     def on_our_JOIN(self, line: IrcLine) -> None:
-        """We are in a channel. One that the server forwarded us to is left."""
-        name, channel = line.param(0), self.channel(line.param(0))
+        channel = self.channel(line.param(0))
         if channel:
-            channel.joined, channel.pause = True, IRC_SILENCE_SECONDS
+            channel.joined, channel.pause = True, IRC_KEEP_ALIVE_SECONDS
             channel.refusals.clear()
             self.report(f"joined {channel.name}")
-        elif self.forwarded:
-            self.send("PART", name)
-            self.report(f"forwarded to {self.quote(name)}; leaving it")
-        self.forwarded = False
-
-    def on_470(self, line: IrcLine) -> None:
-        self.forwarded = True
 
     def note_refusal(self, line: IrcLine) -> None:
         """Log the first error of each kind about one of our channels; `join` will try again."""
@@ -2019,16 +1996,21 @@ class IrcSession:
             reason = self.quote(*line.params[2:])
             self.report(f"{channel.name} refuses us ({line.command}): {reason}")
 
+    def on_470(self, line: IrcLine) -> None:
+        """Leave the channel that the server forwards us to: the last one that it names."""
+        named = re.findall(r"#\S+", " ".join(line.params))
+        if named and not self.channel(named[-1]):
+            self.send("PART", named[-1])
+            self.report(f"forwarded to {self.quote(named[-1])}; leaving it")
+
     def on_KICK(self, line: IrcLine) -> None:
         """We are out: by PART for a while, by KICK until an INVITE or the next connection."""
-        kicked = line.command == "KICK"
-        channel = self.channel(line.param(0))
+        channel, kicked = self.channel(line.param(0)), line.command == "KICK"
         if channel and (self.is_me(line.param(1)) or not kicked):
             channel.joined = False
-            channel.due = math.inf if kicked else self.now + IRC_SILENCE_SECONDS
+            channel.due = math.inf if kicked else self.now + IRC_KEEP_ALIVE_SECONDS
             words = self.quote(line.source, line.command, *line.params)
-            when = "after an INVITE" if kicked else f"in {IRC_SILENCE_SECONDS:.0f} s"
-            self.report(f"out of {channel.name} ({words}); next attempt {when}")
+            self.report(f"out of {channel.name}: {words}")
 
     on_our_PART = on_our_KICK = on_KICK
 
@@ -2040,9 +2022,9 @@ class IrcSession:
     def on_PRIVMSG(self, line: IrcLine) -> None:
         """Reply to a person who writes to us or in one of our channels."""
         target, text = line.param(0), line.param(1)
-        private, channel = self.is_me(target), self.channel(target)
+        private = self.is_me(target)
         is_bot = re.search(r"(^|[;/])bot(=|;|$)", line.tags)
-        if is_bot or not is_person(line.source) or not (private or channel):
+        if is_bot or not is_person(line.source) or not (private or self.channel(target)):
             return
         reply = self.finger_reply(text, private)
         if reply and self.within_limit(line):
@@ -2050,8 +2032,7 @@ class IrcSession:
 
     def finger_reply(self, text: str, private: bool) -> str:
         """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
-        # clean() removes control characters, but not the digits of the colour codes.
-        name = clean(re.sub("\x03([0-9]{1,2}(,[0-9]{1,2})?)?|\x04([0-9A-Fa-f]{6})?", "", text))
+        name = clean(text)
         head, _, rest = name.partition(" ")
         if head == "!finger" or (head.endswith((":", ",")) and self.is_me(head[:-1])):
             name = rest.strip()
@@ -2065,31 +2046,12 @@ class IrcSession:
         return f"{user or name[:MAX_NAME]}: {now.text(user) or NO_SUCH_USER}"
 
     def within_limit(self, line: IrcLine) -> bool:
-        """Count a query; False for one too many in a minute, and then for IRC_IGNORE_SECONDS."""
+        """Count a query; False for one too many since the last keep-alive."""
         asker = line.source.partition("!")[2]
-        count, until = self.askers.pop(asker, (0, 0.0))
-        if self.now >= until:
-            count, until = 0, self.now + 60
-        if count == IRC_QUERIES_PER_MINUTE:
-            until = self.now + IRC_IGNORE_SECONDS
-        self.askers[asker] = count + 1, until
-        if len(self.askers) > IRC_ASKERS:  # forget the one with the oldest query
-            del self.askers[next(iter(self.askers))]
-        return count < IRC_QUERIES_PER_MINUTE
-
-    def announce(self) -> None:
-        """Tell the channels in a few lines which statuses have changed since the last call."""
-        latest: dict[str, str] = {}
-        for change in self.store.changes_after(self.version):
-            self.version = change.version
-            latest[change.user] = change.text
-        lines = [f"{user}: {text}" for user, text in latest.items()]
-        if len(lines) > IRC_ANNOUNCED:
-            lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
-        for line in lines:
-            for channel in self.channels.values():
-                if channel.joined:
-                    self.say(channel.name, line)
+        if len(self.askers) == IRC_ASKERS:
+            self.askers.clear()
+        self.askers[asker] += 1
+        return self.askers[asker] <= IRC_QUERIES
 
 
 # ================================================================================================
@@ -3055,41 +3017,33 @@ class IrcBot(threading.Thread):
                 with self.connect() as sock:
                     self.serve(sock, session)
                 return
-            except OSError as error:
-                problem = error.strerror or str(error)
+            except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+                problem = str(error)
             except Exception:  # a fault of ours must not end the bot
                 log.exception("IRC: %s", INTERNAL_ERROR)
                 problem = INTERNAL_ERROR
-            if 0 < session.registered <= time.monotonic() - IRC_SETTLED_SECONDS:
-                failures = 0
-            if session.refused:
-                failures = IRC_MANY_FAILURES
+            failures = 0 if session.settled else failures + 1
             delay = reconnect_delay(failures, os.urandom(1)[0] / 255)
-            failures += 1
             if not self.stopping.is_set():
-                log.warning("IRC: %s; next attempt in %.0f s", problem, delay)
+                host = self.options.host
+                log.warning("IRC: %s: %s; next attempt in %.0f s", host, problem, delay)
 
     def connect(self) -> socket.socket:
         """A connection, with TLS if that is wanted, to the first address that accepts one."""
-        host = self.options.host
-        try:
-            plain = socket.create_connection((host, self.options.port), IRC_CONNECT_SECONDS)
-        except (OSError, UnicodeError) as problem:
-            raise ConnectionError(f"cannot connect to {host}: {problem}") from None
+        address = self.options.host, self.options.port
+        plain = socket.create_connection(address, IRC_CONNECT_SECONDS)
         if not self.tls:
             return plain
         try:
             with plain:  # wrap_socket detaches it, or it is of no more use
-                sock = self.tls.wrap_socket(plain, server_hostname=host)
-        except ssl.SSLCertVerificationError as problem:
-            raise ConnectionError(f"bad certificate: {problem.verify_message}") from None
+                sock = self.tls.wrap_socket(plain, server_hostname=self.options.host)
         except OSError as problem:
-            hint = "for a server without TLS, use --irc-plaintext"
-            raise ConnectionError(f"no TLS ({problem}); {hint}") from None
+            hint = "see --irc-fingerprint and --irc-plaintext"
+            raise ConnectionError(f"no TLS: {problem} ({hint})") from None
         digest = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
         if self.options.fingerprint not in ("", digest):
             sock.close()
-            raise ConnectionError(f"bad certificate: its SHA-256 is {digest}")
+            raise ConnectionError(f"the SHA-256 of the server's certificate is {digest}")
         return sock
 
     def serve(self, sock: socket.socket, session: IrcSession) -> None:
@@ -3106,7 +3060,7 @@ class IrcBot(threading.Thread):
                 *lines, unread = (unread + received).split(b"\n")
                 for line in lines:
                     session.receive(line, time.monotonic())
-                unread = unread[: IRC_TAGS_BYTES + IRC_LINE_BYTES]
+                unread = unread[:BLOCK_BYTES]
             session.tick(time.monotonic())
         sock.sendall(format_irc_line("QUIT", "stopped"))
 
@@ -3298,10 +3252,17 @@ def parse_public_url(text: str) -> str:
     return text.rstrip("/") + "/"
 
 
+def irc_server(text: str) -> tuple[str, int]:
+    """The host and port of HOST, HOST:PORT or [IPV6]:PORT; port 0 stands for the default."""
+    parts = urllib.parse.urlsplit(f"//{text}")
+    return parts.hostname or text, parts.port or 0
+
+
 def add_irc_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the bot."""
     add = parser.add_argument_group("IRC").add_argument
-    add("--irc", metavar="HOST[:PORT]", help="reply on this IRC server (default: on none)")
+    text = "reply on this IRC server (default: on none)"
+    add("--irc", metavar="HOST[:PORT]", type=irc_server, help=text)
     add("--irc-plaintext", action="store_true", help="no TLS; port 6667 instead of 6697")
     text = "trust only the server certificate with this digest"
     add("--irc-fingerprint", metavar="SHA256", default="", help=text)
@@ -3315,62 +3276,35 @@ def add_irc_options(parser: argparse.ArgumentParser) -> None:
     add("--irc-password-file", metavar="FILE", help=text)
 
 
-def check_irc_options(irc: IrcOptions) -> None:
-    """Raise StartError for the first wrong option; warn if nothing is encrypted."""
-    exposed = not irc.tls and not re.fullmatch(r"localhost|::1|127(\.[0-9]{1,3}){3}", irc.host)
-    # A surrogate stands for a byte that is not UTF-8.
-    secret = re.search("[\0\r\n\ud800-\udfff]", irc.account + irc.password)
-    proof = irc.password or irc.certificate
-    digest = re.fullmatch("|[0-9a-f]{64}", irc.fingerprint)
-    word = "[^\0-\x20,\x7f\ud800-\udfff]{1,49}"
-    channels = [re.fullmatch(f"[#&+!]{word}( {word})?", channel) for channel in irc.channels]
-    joined = ",".join(irc.channels).encode("utf-8", "replace")
-    refused = {
-        # From A to } are the letters, and all else that a nick may begin with.
-        "--irc-nick: not a nick": not re.fullmatch("[A-}][A-}0-9-]{0,29}", irc.nick),
-        "--irc-channel: not '#NAME' or '#NAME KEY'": not all(channels),
-        "--irc-channel: too many": len(joined) > IRC_CHANNELS_BYTES,
-        "--irc-account needs a password or --irc-certificate": irc.account and not proof,
-        "--irc-account needs TLS, or a server on this machine": irc.account and exposed,
-        "--irc-account: name or password has a control character or is not UTF-8": secret,
-        "--irc-fingerprint: not a SHA-256 in hexadecimal": not digest,
-        "--irc-fingerprint needs TLS": irc.fingerprint and not irc.tls,
-        "--irc-certificate needs TLS": irc.certificate and not irc.tls,
-    }
-    for problem, found in refused.items():
-        if found:
-            raise StartError(problem)
-    if exposed:
-        log.warning("IRC: the connection to %s is not encrypted", irc.host)
-
-
-def irc_options(options: argparse.Namespace) -> IrcOptions | None:
-    """The settings of the bot; None without --irc, StartError for a wrong option."""
-    if not options.irc:
-        return None
-    address = re.fullmatch(r"(\[\S+\]|[^:\s]+)(?::([0-9]{1,5}))?|(\S*:\S*:\S*)", options.irc)
-    if not address or not 0 < int(address[2] or 6697) < 65536:
-        raise StartError(f"--irc: {options.irc!a} is not HOST or HOST:PORT")
+def irc_options(options: argparse.Namespace) -> IrcOptions:
+    """The settings of the bot; StartError for a wrong option."""
+    if not all(re.fullmatch("[#&+!][^ ,]+( [^ ,]+)?", each) for each in options.irc_channel):
+        raise StartError("--irc-channel: not '#NAME' or '#NAME KEY'")
+    fingerprint = options.irc_fingerprint.replace(":", "").lower()
+    if not re.fullmatch("|[0-9a-f]{64}", fingerprint):
+        raise StartError("--irc-fingerprint: not a SHA-256 in hexadecimal")
+    needs_tls = options.irc_account or options.irc_certificate or fingerprint
+    if options.irc_plaintext and needs_tls:
+        raise StartError("--irc-plaintext: an account, a certificate or a fingerprint needs TLS")
     password = os.environ.get("FINGERD_IRC_PASSWORD", "")
     if options.irc_password_file:
         try:
-            text = pathlib.Path(options.irc_password_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
+            text = pathlib.Path(options.irc_password_file).read_text("utf-8", "replace")
+        except OSError as problem:
             raise StartError(f"--irc-password-file: {problem}") from None
         password = text.partition("\n")[0]
-    irc = IrcOptions(
-        host=(address[1] or address[3]).strip("[]"),
-        port=int(address[2] or (6667 if options.irc_plaintext else 6697)),
+    host, port = options.irc
+    return IrcOptions(
+        host=host,
+        port=port or (6667 if options.irc_plaintext else 6697),
         tls=not options.irc_plaintext,
         nick=options.irc_nick,
-        channels=tuple(options.irc_channel),
+        channels=options.irc_channel,
         account=options.irc_account,
         password=password,
         certificate=options.irc_certificate,
-        fingerprint=options.irc_fingerprint.replace(":", "").lower(),
+        fingerprint=fingerprint,
     )
-    check_irc_options(irc)
-    return irc
 
 
 EPILOG = """\
@@ -3536,9 +3470,9 @@ def build_services(
     """
     needed = options.run_as or os.geteuid() == 0
     identity = find_identity(options.run_as or "1:1") if needed else None
-    listeners, irc = bind(options), irc_options(options)
+    listeners = bind(options)
     path, store = state_path(options, identity), StatusStore()
-    bot = IrcBot(irc, store) if irc else None
+    bot = IrcBot(irc_options(options), store) if options.irc else None
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
         drop_privileges(*identity)

@@ -3742,29 +3742,15 @@ class IrcSessionTest(Case):
             ("sasl ack", account, ["CAP * ACK :sasl "], ["AUTHENTICATE PLAIN"]),
             ("sasl go", account, ["AUTHENTICATE +"], ["AUTHENTICATE AGZpbmdlcgBzZWNyZXQ="]),
             ("sasl done", account, [":s 903 * :ok"], ["CAP END"]),
-            ("sasl unasked", {}, ["AUTHENTICATE +"], []),
             ("external ack", cert, ["CAP * ACK :sasl"], ["AUTHENTICATE EXTERNAL"]),
             ("external go", cert, ["AUTHENTICATE +"], ["AUTHENTICATE +"]),
-            ("certificate alone", {"certificate": "x"}, ["AUTHENTICATE +"], []),
-            ("taken", {}, [":s 433 * fingerbot :Taken"], ["NICK fingerbo_"]),
-            ("taken again", {}, [":s 436 * a :b"] * 2, ["NICK fingerbo_", "NICK fingerb__"]),
-            ("too long", {"nick": "a" * 20}, [":s 432 * a :b"], ["NICK aaaaaaaa_"]),
-            ("join", {"channels": ("#a", "#b")}, hello, [tags, "JOIN #a,#b"]),
-            ("bot mode", {}, [*hello, ":s 005 x BOT=B :ok"], [tags, "MODE x +B"]),
-            ("keys", {"channels": ("#a", "#b k", "#c l")}, hello, [tags, "JOIN #b,#c,#a k,l"]),
+            ("taken", {}, [":s 433 * fingerbot :Taken"], ["NICK finge4711"]),
+            ("too long", {"nick": "a" * 20}, [":s 432 * a :b"], ["NICK aaaaa4711"]),
+            ("join", {"channels": ("#a", "#b")}, hello, [tags, "JOIN #a", "JOIN #b"]),
+            ("keys", {"channels": ("#a", "#b k")}, hello, [tags, "JOIN #a", "JOIN #b k"]),
         ]:
             with self.subTest(title):
                 self.assertEqual(Talk(**options).hear(*lines).said(), said)
-
-    def test_sasl_payload_comes_in_chunks(self) -> None:
-        for length, sizes in [(1, [8]), (297, [400, 1]), (298, [400, 4]), (597, [400, 400, 1])]:
-            with self.subTest(length=length):
-                chunks = self.sasl_payload("a", "x" * length)
-                self.assertEqual([len(chunk) for chunk in chunks], sizes)
-
-    def sasl_payload(self, account: str, password: str) -> list[str]:
-        said = Talk(account=account, password=password).hear("AUTHENTICATE +").said()
-        return [line.partition("AUTHENTICATE ")[2] for line in said]
 
     def test_it_says_first_who_it_is(self) -> None:
         server, sasl = "PASS :a b", "CAP REQ sasl"
@@ -3783,34 +3769,31 @@ class IrcSessionTest(Case):
 
     def test_what_ends_a_connection(self) -> None:
         account = {"account": "finger", "password": "secret"}
-        for title, options, line, refused in [
-            ("secret is wrong", account, ":s 904 * :secret is wrong", True),
-            ("EXTERNAL are", account, ":s 908 * EXTERNAL :are available", True),
-            ("banned", {}, ":s 465 * :You are banned", True),
-            ("refuses SASL", account, "CAP * NAK :sasl", False),
-            ("has no SASL", account, ":s 001 x :Welcome", False),
-            ("Too fast", {}, "ERROR :Too fast", False),
+        for title, options, line in [
+            ("secret is wrong", account, ":s 904 * :secret is wrong"),
+            ("EXTERNAL are", account, ":s 908 * EXTERNAL :are available"),
+            ("banned", {}, ":s 465 * :You are banned"),
+            ("refuses SASL", account, "CAP * NAK :sasl"),
+            ("has no SASL", account, ":s 001 x :Welcome"),
+            ("Too fast", {}, "ERROR :Too fast"),
         ]:
             with self.subTest(title):
                 talk = Talk(**options)
                 with self.assertRaisesRegex(ConnectionError, title.replace("secret", r"\*\*\*")):
                     talk.hear(line)
-                self.assertEqual(talk.session.refused, refused)
 
     def test_no_secret_reaches_the_log(self) -> None:
-        account, password = "finger", "correct horse " * 60
-        chunks = self.sasl_payload(account, password)
-        self.assertEqual(len(chunks), 3)
-        cut = f"<{chunks[0][9:99]}> {chunks[-1][-9:]}"
+        account, password = "finger", "correct horse " * 20
+        (line,) = Talk(account=account, password=password).hear("AUTHENTICATE +").said()
+        payload = line.partition(" ")[2]
         for title, repeated, logged in [
             ("the password", password.strip(), "***"),
             ("in brackets", f"({password.strip()})", "(***)"),
-            *[("a line of the payload", chunk, "***") for chunk in chunks],
-            ("the payload", "".join(chunks), "***"),
-            ("pieces of it", cut, "<***> ***"),
+            ("the payload", payload, "***"),
+            ("in brackets, too", f"<{payload}>", "<***>"),
             ("a key", "(the sesame of #a)", "(the *** of #a)"),
             ("another word", "AUTHENTICATE", "AUTHENTICATE"),
-            ("a long text", "x" * 400, "x" * 198),
+            ("a long text", "x" * 400, "x" * 194),
         ]:
             with self.subTest(title):
                 channels = ("#a sesame",)
@@ -3818,12 +3801,12 @@ class IrcSessionTest(Case):
                 with self.assertRaises(ConnectionError) as failure:
                     talk.hear(f":s 904 * {repeated} :is wrong")
                 said, _, quoted = str(failure.exception).partition(": ")
-                self.assertEqual(said, "the server refuses us (904)")
-                self.assertEqual(quoted, f"* {logged} is wrong"[:200])
+                self.assertEqual(said, "the server says")
+                self.assertEqual(quoted, f"904 * {logged} is wrong"[:200])
 
     def test_it_gives_up_when_no_nick_is_free(self) -> None:
         for number in ("432", "433", "436", "437"):
-            talk = Talk().hear(*[f":s {number} * a :b"] * 3)
+            talk = Talk().hear(f":s {number} * a :b")
             self.assertEqual(talk.said()[-1], "NICK finge4711")
             with self.assertRaisesRegex(ConnectionError, "none of our nicks"):
                 talk.hear(f":s {number} * a :b")
@@ -3832,7 +3815,7 @@ class IrcSessionTest(Case):
         long_name = "n" * 70
         for target, text, said in [
             ("fingerbot", "moshez", "PRIVMSG ann :moshez: Happy and well"),
-            ("fingerbot", " \x02\x0304,05moshez\x0f ", "PRIVMSG ann :moshez: Happy and well"),
+            ("fingerbot", " \x02moshez\x0f ", "PRIVMSG ann :moshez: Happy and well"),
             ("fingerbot", "!finger moshez", "PRIVMSG ann :moshez: Happy and well"),
             ("FINGERBOT", "nobody", "PRIVMSG ann :nobody: No such user"),
             ("fingerbot", "Moshez", "PRIVMSG ann :moshez: Happy and well"),
@@ -3910,28 +3893,24 @@ class IrcSessionTest(Case):
             with self.subTest(line):
                 self.assertEqual(Talk().register().hear(line).said(), [])
 
-    def test_a_long_answer_fills_the_line(self) -> None:
-        for host in ["", "h", "hh", "host.example.org"]:
-            with self.subTest(host):
-                talk = Talk().register()
-                source = f":fingerbot!~fingerd@{host or 'x' * 63}"
-                if host:
-                    talk.hear(f"{source} MODE fingerbot :+i")
-                talk.hear(":ann!b@c PRIVMSG fingerbot :long")
-                received = f"{source} {talk.said()[0]}\r\n"
-                self.assertRegex(received, " PRIVMSG ann :long: é+\r\n$")
-                self.assertIn(len(received.encode()), (511, 512))
+    def test_a_long_answer_fits_the_line(self) -> None:
+        talk = Talk().register()
+        talk.hear(f":{'n' * 30}!b@c PRIVMSG fingerbot :long")
+        received = f":{'x' * 30}!~fingerd@{'x' * 63} {talk.said()[0]}\r\n"
+        self.assertRegex(received, f" PRIVMSG {'n' * 30} :long: é+\r\n$")
+        self.assertIn(len(received.encode()), range(480, 513))
 
     def test_nick_is_what_the_server_says(self) -> None:
-        talk = Talk().hear(":s 433 * fingerbot :Taken").register("fingerbo_")
-        self.assertEqual(talk.hear("x").pass_time(29).said(), [])
-        self.assertEqual(talk.pass_time(1).said(), ["NICK fingerbot"])
-        talk.hear(":s 433 fingerbo_ fingerbot :Taken")
-        self.assertEqual(talk.pass_time(89).said(), [])
-        self.assertEqual(talk.hear("x").pass_time(1).said(), ["NICK fingerbot"])
-        talk.hear(":fingerbo_!a@b NICK :fingerbot", ":ann!a@b PRIVMSG fingerbot :moshez")
+        talk = Talk().hear(":s 433 * fingerbot :Taken").register("finge4711")
+        self.assertEqual(talk.pass_time(29).said(), [])
+        self.assertEqual(talk.pass_time(1).said(), ["PING fingerd", "NICK fingerbot"])
+        talk.hear(":s 433 finge4711 fingerbot :Taken")
+        talk.now = 1150
+        self.assertEqual(talk.pass_time(29).said(), [])
+        self.assertEqual(talk.pass_time(1).said(), ["PING fingerd", "NICK fingerbot"])
+        talk.hear(":finge4711!a@b NICK :fingerbot", ":ann!a@b PRIVMSG fingerbot :moshez")
         self.assertEqual(len(talk.said()), 1)
-        self.assertEqual(talk.pass_time(80).hear("x").pass_time(15).said(), [])
+        self.assertEqual(talk.pass_time(90).said(), ["PING fingerd"])
 
     def test_changes_are_announced(self) -> None:
         talk = Talk(channels=("#a",)).register()
@@ -3975,7 +3954,7 @@ class IrcSessionTest(Case):
 
     def test_a_new_registration_asks_again(self) -> None:
         talk = Talk(channels=("#a", "#b")).register().hear(":ann!b@c KICK #a fingerbot :out")
-        self.assertEqual(talk.hear(":s 001 fingerbot :Welcome").said()[1:], ["JOIN #a,#b"])
+        self.assertEqual(talk.hear(":s 001 fingerbot :Welcome").said()[1:], ["JOIN #a", "JOIN #b"])
         talk.store.set("moshez", "new")
         self.assertEqual(talk.pass_time(1).said(), [])
         talk.hear(":fingerbot JOIN :#a").pass_time(1)  # as from a bouncer
@@ -4007,8 +3986,8 @@ class IrcSessionTest(Case):
         for lines, said, logged in [
             ([":s 470 x #a ##a :Forwarding", f"{here} ##a"], ["PART ##a"], [reason, *left]),
             ([link, f"{here} :##a"], ["PART ##a"], left),
-            ([":s 470 x #a ##a :Forwarding", f"{here} #b"], [], [reason, "joined #b"]),
-            ([":s 470 x #a ##a :Forwarding", ":ann!a@b JOIN ##a"], [], [reason]),
+            ([":s 470 x #a #B :Forwarding"], [], ["#a refuses us (470): #B Forwarding"]),
+            ([":s 470 x"], [], []),
             ([f"{here} ##a"], [], []),  # as from a bouncer
         ]:
             with self.subTest(lines):
@@ -4018,12 +3997,12 @@ class IrcSessionTest(Case):
                 self.assertEqual(talk.log[1:], logged)
 
     def test_out_of_a_channel(self) -> None:
-        part = "fingerbot!a@b PART #a bye); next attempt in 90 s"
-        kick = "ann!b@c KICK #a fingerbot out); next attempt after an INVITE"
+        part = "fingerbot!a@b PART #a bye"
+        kick = "ann!b@c KICK #a fingerbot out"
         invited = ":ann!b@c INVITE fingerbot :#A"
         for title, lines, moments, logged in [
-            ("PART", [":fingerbot!a@b PART #a :bye"], [90, 180, 360], [f"out of #a ({part}"]),
-            ("KICK", [":ann!b@c KICK #a fingerbot :out"], [], [f"out of #a ({kick}"]),
+            ("PART", [":fingerbot!a@b PART #a :bye"], [90, 180, 360], [f"out of #a: {part}"]),
+            ("KICK", [":ann!b@c KICK #a fingerbot :out"], [], [f"out of #a: {kick}"]),
             ("INVITE", [":ann!b@c KICK #a fingerbot :out", invited], [1, 91, 271], [""]),
             ("INVITE elsewhere", [":ann!b@c INVITE fingerbot #c"], [], []),
             ("INVITE of another", [":ann!b@c INVITE bob #a"], [], []),
@@ -4045,10 +4024,10 @@ class IrcSessionTest(Case):
     def test_invitations_are_counted(self) -> None:
         talk = Talk(channels=("#a",)).register().hear(":ann!b@c KICK #a fingerbot :out")
         joins = 0
-        for _ in range(50):
+        for _ in range(25):
             talk.hear(":ann!b@c INVITE fingerbot #a").pass_time(1)
             joins += talk.said().count("JOIN #a")
-        self.assertEqual(joins, fingerd.IRC_QUERIES_PER_MINUTE)
+        self.assertEqual(joins, fingerd.IRC_QUERIES)
 
     def test_lines_go_at_a_steady_pace(self) -> None:
         talk = Talk().register()
@@ -4077,9 +4056,8 @@ class IrcSessionTest(Case):
             talk.hear(":ann!b@c PRIVMSG fingerbot :moshez")
         talk.hear(":ann!b@d PRIVMSG fingerbot :moshez")
         self.assertEqual(len(talk.said()), 13)
-        talk.now += 200
         self.assertEqual(talk.hear(":other!b@c PRIVMSG fingerbot :moshez").said(), [])
-        talk.now += 100
+        self.assertEqual(talk.pass_time(90).said(), ["PING fingerd"])
         self.assertEqual(len(talk.hear(":ann!b@c PRIVMSG fingerbot :moshez").said()), 1)
 
     def test_tables_are_bounded(self) -> None:
@@ -4087,17 +4065,18 @@ class IrcSessionTest(Case):
         for number in range(2000):
             talk.hear(f":a!b@{number} PRIVMSG fingerbot :x", "PING x")
         session = talk.session
-        self.assertEqual(len(session.askers), fingerd.IRC_ASKERS)
+        self.assertLessEqual(len(session.askers), fingerd.IRC_ASKERS)
         self.assertEqual(len(session.queue), fingerd.IRC_QUEUE_LINES)
 
     def test_silence_ends_it(self) -> None:
         talk = Talk().register().hear("PING x")
-        self.assertEqual(talk.pass_time(89).said(), ["PONG x"])
+        self.assertEqual(talk.pass_time(29).said(), ["PONG x"])
         self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
-        talk.pass_time(59).hear("PONG x").pass_time(89)
+        talk.pass_time(89).hear("PONG x")
         self.assertEqual(talk.pass_time(1).said(), ["PING fingerd"])
+        talk.pass_time(89)
         with self.assertRaisesRegex(ConnectionError, "does not reply"):
-            talk.pass_time(60)
+            talk.pass_time(1)
         with self.assertRaisesRegex(ConnectionError, "registration takes too long"):
             Talk().pass_time(60)
 
@@ -4118,16 +4097,15 @@ class IrcSessionTest(Case):
 
 
 class IrcOptionsTest(Case):
-    def read(self, *words: str, **environ: str) -> fingerd.IrcOptions | None:
+    def read(self, *words: str, **environ: str) -> fingerd.IrcOptions:
         with mock.patch.dict(os.environ, environ):
-            return fingerd.irc_options(fingerd.parse_args([*words, "users"]))
+            return fingerd.irc_options(fingerd.parse_args(["--irc", "a", *words, "users"]))
 
     def test_what_is_read(self) -> None:
-        self.assertIsNone(self.read())
         for words, options in [
             (["--irc", "a.b"], fingerd.IrcOptions("a.b", 6697)),
             (["--irc", "a.b:7000"], fingerd.IrcOptions("a.b", 7000)),
-            (["--irc", "::1", "--irc-plaintext"], fingerd.IrcOptions("::1", 6667, tls=False)),
+            (["--irc", "[::1]", "--irc-plaintext"], fingerd.IrcOptions("::1", 6667, tls=False)),
             (["--irc", "[::1]:7000"], fingerd.IrcOptions("::1", 7000)),
             (["--irc", "[::1]"], fingerd.IrcOptions("::1", 6697)),
             (
@@ -4136,11 +4114,11 @@ class IrcOptionsTest(Case):
             ),
             (
                 ["--irc", "a", "--irc-channel", "#a", "--irc-channel", "#b"],
-                fingerd.IrcOptions("a", 6697, channels=("#a", "#b")),
+                fingerd.IrcOptions("a", 6697, channels=["#a", "#b"]),
             ),
             (
                 ["--irc", "a", "--irc-channel", "#a key", "--irc-certificate", "b.pem"],
-                fingerd.IrcOptions("a", 6697, channels=("#a key",), certificate="b.pem"),
+                fingerd.IrcOptions("a", 6697, channels=["#a key"], certificate="b.pem"),
             ),
         ]:
             with self.subTest(words):
@@ -4150,40 +4128,30 @@ class IrcOptionsTest(Case):
         with tempfile.NamedTemporaryFile() as file:
             file.write(b"from file\nrest")
             file.flush()
-            words = ["--irc", "a", "--irc-account", "b"]
-            options = self.read(*words, FINGERD_IRC_PASSWORD="from environment")
-            self.assertEqual(options and options.password, "from environment")
-            options = self.read(*words, "--irc-password-file", file.name)
-            self.assertEqual(options and options.password, "from file")
+            words, environ = ["--irc-account", "b"], {"FINGERD_IRC_PASSWORD": "from environment"}
+            self.assertEqual(self.read(*words, **environ).password, "from environment")
+            words += ["--irc-password-file", file.name]
+            self.assertEqual(self.read(*words, **environ).password, "from file")
 
     def test_what_is_refused(self) -> None:
-        secret = {"FINGERD_IRC_PASSWORD": "secret"}
-        for words, environ, problem in [
-            (["--irc", "a:b"], {}, "HOST"),
-            (["--irc", "a:0"], {}, "PORT"),
-            (["--irc", "a:65536"], {}, "PORT"),
-            (["--irc", "a", "--irc-nick", "1a"], {}, "nick"),
-            (["--irc", "a", "--irc-channel", "a"], {}, "channel"),
-            (["--irc", "a", "--irc-channel", "#a,b"], {}, "channel"),
-            (["--irc", "a", "--irc-channel", "#\udcff"], {}, "channel"),
-            (["--irc", "a", "--irc-channel", "#a k,l"], {}, "channel"),
-            (["--irc", "a", "--irc-channel", "#a k l"], {}, "channel"),
-            (["--irc", "a", "--irc-channel", "#a "], {}, "channel"),
-            (["--irc", "a", *["--irc-channel", "#a " + "k" * 40] * 10], {}, "too many"),
-            (["--irc", "a", *["--irc-channel", "#" + "a" * 40] * 10], {}, "too many"),
-            (["--irc", "a", "--irc-account", "b"], {}, "password"),
-            (["--irc", "a", "--irc-certificate", "b", "--irc-plaintext"], {}, "TLS"),
-            (["--irc", "a", "--irc-account", "b", "--irc-plaintext"], secret, "TLS"),
-            (["--irc", "127.a.b", "--irc-account", "b", "--irc-plaintext"], secret, "TLS"),
-            (["--irc", "a", "--irc-account", "b\n"], secret, "control"),
-            (["--irc", "a", "--irc-account", "b\udcff"], secret, "UTF-8"),
-            (["--irc", "a", "--irc-password-file", "/nonexistent"], {}, "password-file"),
-            (["--irc", "a", "--irc-fingerprint", "ab"], {}, "SHA-256"),
-            (["--irc", "a", "--irc-fingerprint", "ab" * 32, "--irc-plaintext"], {}, "TLS"),
+        for words, problem in [
+            (["--irc-channel", "a"], "channel"),
+            (["--irc-channel", "#a,b"], "channel"),
+            (["--irc-channel", "#a k,l"], "channel"),
+            (["--irc-channel", "#a k l"], "channel"),
+            (["--irc-channel", "#a "], "channel"),
+            (["--irc-certificate", "b", "--irc-plaintext"], "TLS"),
+            (["--irc-account", "b", "--irc-plaintext"], "TLS"),
+            (["--irc-fingerprint", "ab" * 32, "--irc-plaintext"], "TLS"),
+            (["--irc-password-file", "/nonexistent"], "password-file"),
+            (["--irc-fingerprint", "ab"], "SHA-256"),
         ]:
             with self.subTest(words), self.assertRaisesRegex(fingerd.StartError, problem):
-                self.read(*words, **environ)
-        self.read("--irc", "127.0.0.1", "--irc-account", "b", "--irc-plaintext", **secret)
+                self.read(*words)
+        for address in ("a:b", "a:65536", "::1"):
+            status, _, errors = run(command("/dev/null", "--irc", address))
+            self.assertEqual(status, 2)
+            self.assertIn(f"argument --irc: invalid irc_server value: '{address}'", errors[-1])
 
 
 # ---- the bot against a server that misbehaves --------------------------------------------------
@@ -4238,31 +4206,31 @@ class FakeServerTest(FakeServerCase):
         self.accept().close()
         self.logged("IRC: ")
         self.accept().say("ERROR :go away")
-        self.logged("IRC: the server says: go away; next attempt in 0 s")
+        self.logged("IRC: 127.0.0.1: the server says: ERROR go away; next attempt in 0 s")
         end = self.accept().register()
         end.hear("CAP REQ message-tags")  # an end that has not read all resets the connection
         end.close()
-        self.logged("IRC: the server closed the connection")
+        self.logged("IRC: 127.0.0.1: the server closed the connection")
         self.accept().register()
         self.logged("registered as fingerbot", 2)
 
     def test_it_notices_silence(self) -> None:
-        self.patch(IRC_SILENCE_SECONDS=0.1, IRC_ANSWER_SECONDS=0.1)
+        self.patch(IRC_KEEP_ALIVE_SECONDS=0.1)
         self.start_bot(self.port)
         end = self.accept().register()
         end.hear("CAP REQ message-tags")
         self.assertEqual(next(end.file), b"PING fingerd\r\n")
-        self.logged("IRC: the server does not reply")
+        self.logged("IRC: 127.0.0.1: the server does not reply")
         self.accept()
 
     def test_it_notices_a_server_that_does_not_register_it(self) -> None:
         self.patch(IRC_REGISTER_SECONDS=0.1)
         self.start_bot(self.port)
         self.accept().hear("USER")
-        self.logged("IRC: the registration takes too long")
+        self.logged("IRC: 127.0.0.1: the registration takes too long")
 
     def test_it_keeps_its_membership(self) -> None:
-        self.patch(IRC_SILENCE_SECONDS=0.2)
+        self.patch(IRC_KEEP_ALIVE_SECONDS=0.5)
         self.start_bot(self.port, channels=("#a sesame",))
         end = self.accept().register()
         for lines in [
@@ -4279,30 +4247,27 @@ class FakeServerTest(FakeServerCase):
         self.logged("joined #a", 3)
         self.assertNotIn("sesame", "\n".join(self.log))
 
-    def failures(self, settled: float) -> list[int]:
-        """The count of failures after each of five connections; the last two were registered."""
+    def failures(self, last: str) -> list[int]:
+        """The count of failures after each of four connections; each hears `last`."""
         delay = mock.Mock(return_value=0.0)
-        self.patch(IRC_SETTLED_SECONDS=settled, reconnect_delay=delay)
+        self.patch(IRC_KEEP_ALIVE_SECONDS=0.1, reconnect_delay=delay)
         self.start_bot(self.port)
-        for number in range(1, 6):
+        for number in range(1, 5):
             end = self.accept()
-            if number > 3:
-                end.register()
-                self.logged("registered", number - 3)
+            if number > 2:
+                end.register().hear(last)
             end.close()
             self.logged("next attempt", number)
-        return [call[0][0] for call in delay.call_args_list][:5]
+        return [call[0][0] for call in delay.call_args_list][:4]
 
     def test_failures_count_while_no_connection_lasts(self) -> None:
-        self.assertEqual(self.failures(settled=60.0), [0, 1, 2, 3, 4])
+        self.assertEqual(self.failures("CAP REQ message-tags"), [1, 2, 3, 4])
 
     def test_failures_are_forgotten_when_a_connection_lasts(self) -> None:
-        self.assertEqual(self.failures(settled=0.0), [0, 1, 2, 0, 0])
+        self.assertEqual(self.failures("PING"), [1, 2, 0, 0])
 
-    def test_a_refused_log_in_brings_the_longest_wait(self) -> None:
-        account = {"account": "finger", "password": "secret"}
-        self.patch(IRC_RETRY_SECONDS=2.0, IRC_LONGEST_RETRY_SECONDS=600.0)
-        self.start_bot(self.port, **account)
+    def test_a_refused_log_in(self) -> None:
+        self.start_bot(self.port, account="finger", password="secret")
         end = self.accept()
         for heard, said in [
             ("USER", "CAP * ACK :sasl"),
@@ -4311,8 +4276,7 @@ class FakeServerTest(FakeServerCase):
         ]:
             end.hear(heard)
             end.say(said)
-        line = self.logged("refuses us")
-        self.assertIn("IRC: the server refuses us (904): * No ***; next attempt in 600 s", line)
+        self.logged("IRC: 127.0.0.1: the server says: 904 * No ***; next attempt in 0 s")
 
     def test_it_leaves_nothing_behind(self) -> None:
         self.patch(IRC_RETRY_SECONDS=0.0)
@@ -4357,7 +4321,7 @@ class FakeServerTest(FakeServerCase):
     def test_names_that_do_not_exist(self) -> None:
         for host in ("does-not-exist.invalid", "a..b", "x" * 70):
             self.start_bot(6667, host=host)
-            self.logged(f"IRC: cannot connect to {host}: ")
+            self.logged(f"IRC: {host}: ")
 
 
 @unittest.skipUnless(shutil.which("openssl"), "openssl makes the certificate")
@@ -4424,10 +4388,11 @@ class TlsTest(FakeServerCase):
                 self.refuses_to_start(command("/dev/null", *words), "--irc-certificate: not a PEM")
 
     def test_other_certificates_are_refused(self) -> None:
+        digest = f"the SHA-256 of the server's certificate is {self.fingerprint}"
         for options, problem in [
-            ({}, "bad certificate: self"),
-            ({"host": "127.0.0.1"}, "bad certificate: IP address mismatch"),
-            ({"fingerprint": "ab" * 32}, f"bad certificate: its SHA-256 is {self.fingerprint}"),
+            ({}, "certificate verify failed: self"),
+            ({"host": "127.0.0.1"}, "certificate verify failed: IP address mismatch"),
+            ({"fingerprint": "ab" * 32}, digest),
         ]:
             trusted = str(self.certificate) if "host" in options else ""
             with self.subTest(problem), mock.patch.dict(os.environ, SSL_CERT_FILE=trusted):
@@ -4457,7 +4422,7 @@ class TlsTest(FakeServerCase):
         self.patch(IRC_CONNECT_SECONDS=0.1)
         self.start_bot(self.port, tls=True)
         self.accept()
-        self.logged("no TLS ")
+        self.logged("no TLS: ")
 
 
 # ---- the bot on real servers -------------------------------------------------------------------
@@ -4531,8 +4496,7 @@ class RealServerCase(IrcCase):
             ann.hear(heard)
         ann.say("PRIVMSG fingerbot long")
         received = f"{ann.hear('PRIVMSG ann :long: ')}\r\n"
-        self.assertRegex(received, ":long: é+\r\n$")
-        self.assertIn(len(received.encode()), (511, 512))
+        self.assertRegex(received, ":long: é{150,}\r\n$")
         self.store.set("moshez", "Giving a tutorial now, sorry!")
         ann.hear("PRIVMSG #office :moshez: Giving a tutorial now, sorry!")
 
@@ -4543,9 +4507,9 @@ class RealServerCase(IrcCase):
 
     def test_a_taken_nick_is_regained(self) -> None:
         holder = self.person("fingerbot")
-        self.patch(IRC_SILENCE_SECONDS=0.5)
+        self.patch(IRC_KEEP_ALIVE_SECONDS=0.5)
         self.start_bot(self.port, channels=("#lobby",))
-        self.logged("registered as fingerbo_")
+        self.logged("registered as finge")
         self.logged("joined")
         holder.say("JOIN #lobby")
         holder.hear(" 366 ")
@@ -4563,7 +4527,7 @@ class RealServerCase(IrcCase):
         self.logged("registered", 2)
 
     def test_it_leaves_a_server_that_stands_still(self) -> None:
-        self.patch(IRC_SILENCE_SECONDS=0.2, IRC_ANSWER_SECONDS=0.5, IRC_REGISTER_SECONDS=5.0)
+        self.patch(IRC_KEEP_ALIVE_SECONDS=0.5, IRC_REGISTER_SECONDS=5.0)
         self.start_bot(self.port)
         self.logged("registered")
         self.server.send_signal(signal.SIGSTOP)
@@ -4680,17 +4644,17 @@ class InspircdTest(RealServerCase):
 
     def test_out_of_a_channel(self) -> None:
         root = self.operator("#office +n")
-        self.patch(IRC_SILENCE_SECONDS=0.5)
+        self.patch(IRC_KEEP_ALIVE_SECONDS=0.5)
         self.start_bot(self.port, channels=("#office",))
         self.logged("joined #office")
         for count, words in enumerate(
             ["SAPART fingerbot #office", "REMOVE fingerbot #office :x"], 1
         ):
             root.say(words)
-            self.logged("next attempt in", count)
+            self.logged("out of #office: ", count)
             self.logged("joined #office", count + 1)
         root.say("KICK #office fingerbot :out", "MODE #office +i")
-        self.logged("next attempt after an INVITE")
+        self.logged("KICK #office fingerbot out")
         root.say("INVITE fingerbot #office")
         self.logged("joined #office", 4)
 
@@ -4760,7 +4724,7 @@ class ZncTest(FakeServerCase):
     """
 
     def test_neither_the_bouncer_nor_its_playback_is_answered(self) -> None:
-        self.patch(IRC_SILENCE_SECONDS=0.5)
+        self.patch(IRC_KEEP_ALIVE_SECONDS=0.5)
         session = fingerd.IrcSession
         saying = mock.patch.object(session, "say", autospec=True, side_effect=session.say)
         said = saying.start()
