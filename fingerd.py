@@ -63,10 +63,10 @@ import threading
 import time
 import unicodedata
 import urllib.parse
-import xml.parsers.expat
 import xmlrpc.client
 from concurrent.futures import Future
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+from xmlrpc.client import Fault
 
 __version__ = "1.0"
 
@@ -76,12 +76,11 @@ __version__ = "1.0"
 MAX_NAME = 64  # characters of a user's name
 MAX_STATUS = 1_000  # characters of a status
 MAX_COMPOSED = 2_000  # characters of a text that is put into NFC, in 4 ms at the most
-MAX_QUERY = 512  # bytes of a finger query (RFC 1288 sets no limit)
+MAX_QUERY = 512  # bytes of a finger query, CR included (RFC 1288 sets no limit)
 MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
-MAX_ROWS = 200_000  # of the kernel's table of sockets, to find the account of a client
 MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
-MAX_LISTING = 100_000  # bytes of a finger listing
+MAX_LISTING = 100_000  # characters of a finger listing
 MAX_HTTP_HEAD, MAX_HEAD_LINES = 16_384, 100  # bytes and lines of a request head
 MAX_ACCEPT = 1_000  # characters of an Accept header that count; 16,000 would take 90 ms
 MAX_BODY = 65_536  # bytes of a request body
@@ -96,7 +95,6 @@ MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 MAX_PLAN, MAX_PLAN_LINES = 65_536, 1_000  # bytes and lines of a plan; the rest is cut off
 PLAN_SECONDS = 0.4  # to read a plan, before the reply is sent without it
-LATE_PLANS = 16  # threads that hang as they read plans; then no more are started
 
 # The users file and the store.
 MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
@@ -161,19 +159,17 @@ UNPRINTABLE = (
 )
 
 
-def printable(text: str) -> str:
-    """`text` as one printable line, fit for a terminal, IRC and XML.
+def clean(text: str | bytes) -> str:
+    """`text` as one printable line without blanks at its ends, fit for a terminal, IRC and XML.
 
-    It is in NFC unless it is longer than MAX_COMPOSED: combining marks take quadratic time.
+    U+FFFD stands for bytes that are not UTF-8. The line is in NFC unless it is longer than
+    MAX_COMPOSED: combining marks take quadratic time.
     """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
     if not text.isprintable():
         text = re.sub(UNPRINTABLE, "", text.replace("\t", " "))
-    return unicodedata.normalize("NFC", text) if len(text) <= MAX_COMPOSED else text
-
-
-def clean(text: str) -> str:
-    """`text` as one printable line without blanks at its ends."""
-    return printable(text).strip()
+    return (unicodedata.normalize("NFC", text) if len(text) <= MAX_COMPOSED else text).strip()
 
 
 def entry_problem(name: str, text: str = "") -> str:
@@ -258,7 +254,7 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
 
 
 class FingerQuery(NamedTuple):
-    """One query: `user` is "" for everybody, `host` None where none was named."""
+    """One query: `user` is "" for everybody, `host` None if none was named."""
 
     user: str = ""
     long: bool = False  # asked with /W
@@ -266,57 +262,40 @@ class FingerQuery(NamedTuple):
     too_long: bool = False
 
 
-_TELNET = re.compile(rb"(?:[ \t]|\xff[\xfb-\xfe].|\xff\xfa.*?\xff\xf0|\xff[\xf1-\xf9])*", re.DOTALL)
-_LINE_END = re.compile(rb"\r?\n|\r\0")
+_TELNET_OPTION = re.compile(rb"\xff[\xfb-\xfe].")  # which some clients offer first
+_LONG = re.compile("(?:^| )/W(?= |$)", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=256)  # 1 MB at the most; without it, an answer takes 5 % longer
 def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
-    """The query in what a client has sent so far, or None while its line has not ended.
-
-    LF, CRLF, CR NUL or the end of the stream ends it; telnet negotiation in front is passed over.
-    """
-    start = _TELNET.match(data).end()  # type: ignore[union-attr]  # it matches the empty string
-    unfinished = data.startswith(b"\xff\xfa", start)  # what telnet negotiates may hold an LF
-    end = None if unfinished else _LINE_END.search(data, start)
-    size = end.start() if end else len(data) - data.endswith(b"\r")
-    if size > MAX_QUERY:
+    """The query in what a client has sent so far, or None while its line has not ended."""
+    line, newline, _ = data.partition(b"\n")
+    if len(line) > MAX_QUERY:
         return FingerQuery(too_long=True)
-    if not end and not ended:
+    if not newline and not ended:
         return None
-    line = clean(data[start:size].decode("utf-8", "replace"))
-    padded = f" {line} ".upper()
-    in_front, behind = padded.startswith(" /W "), padded.endswith(" /W ")
-    if in_front or behind:
-        line = line[2:] if in_front else line[:-2]
-    user, at, host = line.partition("@")
-    return FingerQuery(user.strip(), in_front or behind, host.strip() if at else None)
+    text = clean(_TELNET_OPTION.sub(b"", line))
+    words, count = _LONG.subn("", text)
+    user, at, host = words.partition("@")
+    return FingerQuery(user.strip(), count > 0, host.strip() if at else None)
 
 
 def parse_plan(data: bytes) -> str:
     """The text of a file that begins with `data`: MAX_PLAN bytes and MAX_PLAN_LINES at most."""
-    *lines, last = data[:MAX_PLAN].decode("utf-8", "replace").split("\n")
-    if last and len(data) <= MAX_PLAN:
-        lines.append(last)
-    is_cut = len(data) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
-    text = "\n".join(printable(line.expandtabs()) for line in lines[:MAX_PLAN_LINES])
-    is_cut = is_cut or len(text) > MAX_PLAN  # by expanded tabs
-    return text[:MAX_PLAN] + ("\n" * bool(text) + "... (cut)") * is_cut
+    text = data[:MAX_PLAN].decode("utf-8", "replace").expandtabs()
+    lines = text[:MAX_PLAN].splitlines()
+    is_cut = max(len(data), len(text)) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
+    indents = [line[: len(line) - len(line.lstrip(" "))] for line in lines]
+    plan = [indent + clean(line) for indent, line in zip(indents, lines[:MAX_PLAN_LINES])]
+    return "\n".join(plan + ["... (cut)"] * is_cut)
 
 
 # ---- the setter's two lines --------------------------------------------------------------------
 
-GREETINGS = re.compile(  # how other protocols begin; a name alone, like "get", is none of these
-    r"""
-    .*\b(HTTP|ICAP|RTSP|SIP)/[0-9]  # a version; so a web page cannot POST to the setter
-    | (CONNECT|DELETE|GET|HEAD|OPTIONS|PATCH|POST|PUT|TRACE)\ +[/*]  # HTTP/0.9
-    | (EHLO|HELO|LHLO)\ . | 220[ -].*(FTP|SMTP)  # SMTP, and what its servers and FTP's say
-    | (ACCT|AUTH|PASS|USER)\ .  # FTP, POP3, IRC
-    | CAP\ (END|LIST|LS|REQ)\b | WEBIRC\ . | (?!(?-i:Nick\ [A-Z]))NICK\ \S+$  # IRC, not Nick Cave
-    | \S+\ (AUTHENTICATE|CAPABILITY|STARTTLS|LOGIN\ \S+\ \S) | MODE\ READER  # IMAP, NNTP
-    | SSH-[0-9] | RFB\ [0-9] | PROXY\ (TCP|UNKNOWN) | <\?xml | [*$][0-9]+$  # the last is Redis
-    """,
-    re.IGNORECASE | re.VERBOSE,
+NOT_A_NAME = re.compile(  # a control character, or the start of another protocol
+    rb".*[\0-\x08\x0b-\x1f\x7f]|.*\bHTTP/[0-9]|\w+ +[/*]|SSH-[0-9]"
+    rb"|220[ -]|(AUTH|EHLO|HELO|PASS|USER) .|CAP (LS|REQ)\b|(?-i:NICK|nick) .",  # not Nick Cave
+    re.IGNORECASE,
 )
 
 
@@ -337,83 +316,58 @@ def parse_setting(data: bytes, ended: bool) -> Setting | None:
         return Setting("", "", "too long")
     if not newline and not ended:
         return None
-    line = first[:MAX_QUERY].decode("utf-8", "replace").rstrip("\r")
-    who = clean(line)
-    user, colon, time_words = map(str.strip, who.partition(":"))
+    user, colon, time_words = map(str.strip, clean(first[:MAX_QUERY]).partition(":"))
     problem = entry_problem(user)
-    if GREETINGS.match(who):
+    if NOT_A_NAME.match(first.strip(b" \t\r")):
         problem = "the first line belongs to another protocol"
-    if re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", line):
-        problem = "the first line holds a control character"
-    if problem:
-        return Setting("", "", problem)
-    if not complete and not ended:
+    if not (complete or ended or problem):
         return None
-    text = clean(second.decode("utf-8", "replace"))
-    problem = entry_problem(user, text) if rest else "no status line"
+    text = clean(second)
+    problem = problem or (entry_problem(user, text) if rest else "no status line")
     return Setting(user, text, problem, time_words if colon else None)
-
-
-# ---- /proc/net/tcp and tcp6, the tables of sockets: see proc_net(5) ------------------------------
-
-
-def table_address(address: bytes, port: int) -> str:
-    """An IP address and a port as in the tables: words of 4 bytes in the machine's byte order."""
-    return "".join(f"{word:08X}" for word in memoryview(address).cast("I")) + f":{port:04X}"
-
-
-def find_owner(rows: Iterable[str], client: str, server: str) -> int | None:
-    """The uid of the socket that is connected from `client` to `server`, or None.
-
-    A row without an inode shows root as the owner: the process has closed the socket.
-    """
-    states = "(?:01|04|05)"  # established, or closed in one direction
-    row = re.compile(rf" *\d+: {client} {server} {states} \S+ \S+ \S+ +(\d+) +\d+ +[1-9]")
-    found = next(filter(None, map(row.match, itertools.islice(rows, MAX_ROWS))), None)
-    return int(found[1]) if found else None
 
 
 # ---- times -------------------------------------------------------------------------------------
 
 PERIODS = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}  # in seconds
-TIMES_UNDERSTOOD = "write 30m, 2h, 3d, 1w, 14:00, 2026-12-24 or 2026-12-24 14:00"
 
 
-def end_of_message(
-    words: str, now: datetime.datetime, seconds: Callable[[datetime.datetime], float]
-) -> tuple[float, str]:
-    """The moment that `words` name, in seconds since 1970; or why it cannot be used.
-
-    `now` is local time, without a zone; `seconds` turns such a time into seconds since 1970.
-    """
+def parse_time(words: str, now: float) -> float:
+    """The time that `words` name, in seconds since 1970; raises ValueError if there is none."""
     period = re.fullmatch("([0-9]{1,6})([mhdw])", words)
-    end, day = 0.0, datetime.timedelta(days=1)
-    with contextlib.suppress(ValueError, OverflowError, OSError):
-        if period:
-            end = seconds(now) + int(period[1]) * PERIODS[period[2]]
-        elif re.fullmatch("[0-9]{1,2}:[0-9]{2}", words):
-            hour, minute = map(int, words.split(":"))
-            moment = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
-            end = seconds(moment if moment > now else moment + day)
-        elif re.fullmatch("[0-9]{4}(-[0-9]{2}){2}( [0-9]{2}:[0-9]{2})?", words):
-            moment = datetime.datetime.fromisoformat(words)
-            end = seconds(moment if ":" in words else moment + day)
-    problem, ahead = "", end - seconds(now)
+    if period:
+        return now + int(period[1]) * PERIODS[period[2]]
+    day = datetime.timedelta(days=1)
+    if "-" in words and ":" not in words:
+        return (datetime.datetime.strptime(words, "%Y-%m-%d") + day).timestamp()
+    today = datetime.datetime.fromtimestamp(now).strftime("%Y-%m-%d")
+    dated = words if "-" in words else f"{today} {words}"
+    moment = datetime.datetime.strptime(dated, "%Y-%m-%d %H:%M")
+    has_passed = dated != words and moment.timestamp() <= now
+    return (moment + day * has_passed).timestamp()
+
+
+def end_of_message(words: str, now: float) -> tuple[float, str]:
+    """The time that `words` name, in seconds since 1970, and ""; or why it cannot be used."""
+    end, problem = 0.0, ""
+    with contextlib.suppress(ValueError, OverflowError):
+        end = parse_time(words, now)
     if not end:
         problem = "no such time"
-    elif not 0 < ahead <= MAX_AHEAD:
-        problem = "over a year away" if ahead > 0 else "the time has passed"
-    return end, problem and f"{problem}: {TIMES_UNDERSTOOD}"
+    elif not now < end <= now + MAX_AHEAD:
+        problem = "over a year away" if end > now else "the time has passed"
+    forms = "write 30m, 2h, 3d, 1w, 14:00, 2026-12-24 or 2026-12-24 14:00"
+    return end, problem and f"{problem}: {forms}"
 
 
-def format_utc(when: float, form: str) -> str:
-    """`when` (seconds since 1970) in UTC as strftime writes it, in English: no locale is set."""
-    return datetime.datetime.fromtimestamp(when, datetime.timezone.utc).strftime(form)
+def utc(when: float) -> datetime.datetime:
+    """`when`, in seconds since 1970, as a date in UTC."""
+    return datetime.datetime.fromtimestamp(when, datetime.timezone.utc)
 
 
 def iso_time(when: float) -> str:
     """`when` as programs read it (RFC 3339): 2026-11-23T01:40:00Z."""
-    return format_utc(when, "%Y-%m-%dT%H:%M:%SZ")
+    return utc(when).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def parse_iso_time(text: str) -> float:
@@ -423,25 +377,24 @@ def parse_iso_time(text: str) -> float:
 
 def plain_time(when: float) -> str:
     """`when` as people read it: 2026-11-23 01:40 UTC."""
-    return format_utc(when, "%Y-%m-%d %H:%M UTC")
+    return utc(when).strftime("%Y-%m-%d %H:%M UTC")
 
 
-HTTP_TIME = "%a, %d %b %Y %H:%M:%S GMT"
+HTTP_TIME = "%a, %d %b %Y %H:%M:%S GMT"  # in English: no locale is set
 
 
 @functools.lru_cache(maxsize=16)  # 16 short strings: each response has the Date
 def http_time(second: int) -> str:
     """`second` (since 1970) as HTTP writes it (RFC 9110, section 5.6.7)."""
-    return format_utc(second, HTTP_TIME)
+    return utc(second).strftime(HTTP_TIME)
 
 
 def parse_http_time(text: str) -> float:
     """The second that `text` names; infinity if it is not a date as HTTP writes it today."""
     try:
-        when = datetime.datetime.strptime(text, HTTP_TIME)
+        return datetime.datetime.strptime(f"{text} +0000", f"{HTTP_TIME} %z").timestamp()
     except ValueError:
         return math.inf
-    return when.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 # ---- HTTP/1.1 requests (RFC 9112) --------------------------------------------------------------
@@ -490,7 +443,7 @@ _TRAILERS = re.compile(rb"(?:%s\r\n)*\r\n" % _FIELD)
 def path_user(path: str) -> str:
     """The user whom a request's path names: all of it, percent-encoded UTF-8."""
     raw = urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))
-    return clean(raw[:MAX_QUERY].decode("utf-8", "replace"))
+    return clean(raw[:MAX_QUERY])
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
@@ -784,30 +737,21 @@ def user_url(base: str, user: str) -> str:
 # Fault codes, from "Specification for Fault Code Interoperability" (Dan Libby, 2001).
 PARSE_ERROR, UNKNOWN_ENCODING, INVALID_REQUEST = -32700, -32701, -32600
 NO_METHOD, INVALID_PARAMS, DENIED = -32601, -32602, -32500
-_XML_ENCODING = re.compile(rb"(?:\xef\xbb\xbf)?<\?xml\s[^>]*?\bencoding\s*=\s*[\"']([^\"']*)")
 # Python remembers each name of an encoding that it looks up, so there must be few.
 XML_ENCODINGS = re.compile(
-    "utf-(8|16|16[bl]e)|(us-)?ascii|(iso-?)?8859-?1?[0-9]|latin-?1?[0-9]|l[1-9]"
-    "|(windows-?|cp)125[0-9]|cp(437|85[0-9]|866)|koi8-[ru]|mac(-?roman|intosh)"
+    "utf-?(8|16([bl]e)?)|(us-)?ascii|iso-?8859-([1-9]|1[0-6])|latin-?1|latin9"
+    "|(windows-|cp)125[0-8]|cp(437|850|866)|koi8-[ru]|macintosh"
 )
+_ENCODING = re.compile(r"(?:encoding|charset)\s*=\s*[\"']?([^\s;\"']+)", re.IGNORECASE)
 
 
 def xml_encoding(body: bytes, content_type: str) -> str:
-    """The name of the encoding of an XML document, in lower case.
-
-    Bytes of UTF-16 decide, then the document's declaration, then Content-Type (RFC 7303).
-    """
-    if b"\0" in body[:4]:
-        return "utf-16"  # in either byte order
-    declared = _XML_ENCODING.match(body)
-    charset = re.search(r"charset\s*=\s*\"?([^\s;\"]+)", content_type, re.IGNORECASE)
-    name = declared[1].decode("latin-1") if declared else charset[1] if charset else "utf-8"
-    return re.sub("^utf-?", "utf-", name.lower().replace("_", "-"))
-
-
-def _refuse_doctype(*_declaration: object) -> None:
-    """End the parse: a DOCTYPE may declare entities, which can expand without bound."""
-    raise ValueError("a DOCTYPE is not accepted")
+    """The encoding that an XML document declares, or else its Content-Type (RFC 7303)."""
+    if body[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    declaration = body[:MAX_QUERY].partition(b">")[0].decode("latin-1")
+    found = _ENCODING.search(f"{declaration} {content_type}")
+    return found[1].lower().replace("_", "-") if found else "utf-8"
 
 
 class RpcCall(NamedTuple):
@@ -815,29 +759,27 @@ class RpcCall(NamedTuple):
 
     method: str = ""
     params: tuple[Any, ...] = ()
-    fault: xmlrpc.client.Fault | None = None
+    fault: Fault | None = None
 
 
 def parse_rpc_call(body: bytes, content_type: str = "") -> RpcCall:
     """The method and the parameters in the body of a request, or the fault that answers it."""
     encoding = xml_encoding(body, content_type)
     if not XML_ENCODINGS.fullmatch(encoding):
-        return RpcCall(fault=xmlrpc.client.Fault(UNKNOWN_ENCODING, "unsupported encoding"))
-    target = xmlrpc.client.Unmarshaller()
-    parser = xml.parsers.expat.ParserCreate(encoding)  # whatever the document declares
-    parser.StartElementHandler, parser.EndElementHandler = target.start, target.end
-    parser.CharacterDataHandler = target.data
-    parser.StartDoctypeDeclHandler = _refuse_doctype
-    method, fault = None, xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
+        return RpcCall(fault=Fault(UNKNOWN_ENCODING, "unsupported encoding"))
+    method = None
     try:
-        target.xml(None, None)  # type: ignore[arg-type]  # it is given text, not bytes
-        parser.Parse(body, True)
-        params, method = target.close(), target.getmethodname()
-    except xmlrpc.client.Fault:
+        text = body.decode(encoding)
+        if "<!DOCTYPE" in text:  # it may declare entities, which can expand without bound
+            return RpcCall(fault=Fault(PARSE_ERROR, "a DOCTYPE is not accepted"))
+        params, method = xmlrpc.client.loads(text)
+    except Fault:
         pass  # a posted <methodResponse> that holds a fault
-    except Exception:  # the unmarshaller lets broken input raise almost anything
-        fault = xmlrpc.client.Fault(PARSE_ERROR, "not well-formed XML-RPC")
-    return RpcCall(fault=fault) if method is None else RpcCall(method.strip(), params)
+    except Exception:  # the library lets broken input raise almost anything
+        return RpcCall(fault=Fault(PARSE_ERROR, "not well-formed XML-RPC"))
+    if method is None:
+        return RpcCall(fault=Fault(INVALID_REQUEST, "not a method call"))
+    return RpcCall(method.strip(), params)
 
 
 # For bodies of MAX_SHORT_CALL bytes: 5 MB at the most; without it, a call takes 30 % longer.
@@ -1373,19 +1315,17 @@ class Policy(NamedTuple):
 # ---- finger ------------------------------------------------------------------------------------
 
 
-def finger_listing(now: Snapshot, long: bool, policy: Policy) -> str:
-    """Everybody, as much of it as fits into MAX_LISTING bytes."""
-    if policy.private:
-        return "Finger online user list denied\r\n"
+def finger_listing(now: Snapshot, long: bool) -> str:
+    """Everybody, as much of it as fits into MAX_LISTING characters."""
     lines: list[str] = []
-    room = MAX_LISTING - len("... and 2000000 more\r\n")
+    room = MAX_LISTING
     for user, status in now.users():
         since = f" (since {plain_time(status.since)})" if long else ""
-        lines.append(f"{user}: {status.text}{since}\r\n")
-        room -= len(lines[-1].encode())
-        if room <= 0:
-            lines[-1] = f"... and {now.size() - len(lines) + 1} more\r\n"
-            break
+        line = f"{user}: {status.text}{since}\r\n"
+        room -= len(line)
+        if room < 0:
+            return "".join(lines) + f"... and {now.size() - len(lines)} more\r\n"
+        lines.append(line)
     return "".join(lines)
 
 
@@ -1394,7 +1334,7 @@ def finger_answer(
 ) -> str:
     """The answer to a finger query, each line ended by CRLF (RFC 1288, section 2.2).
 
-    `reached` is the address at which the client reached us; it counts where a host is named.
+    `reached` is the address at which the client reached us; it counts if a host is named.
     `plan` is the text of the user's plan.
     """
     if query.too_long:
@@ -1404,14 +1344,14 @@ def finger_answer(
         if not host or (host not in policy.hostnames and host.strip("[]") != reached):
             return "Finger forwarding service denied\r\n"
     if not query.user:
-        return finger_listing(now, query.long, policy)
+        denied = "Finger online user list denied\r\n"
+        return denied if policy.private else finger_listing(now, query.long)
     user = now.find(query.user)
-    status = now.get(user) if query.long else None
-    answer = now.text(user)
-    if status:
-        since = plain_time(status.since)
-        until = f"\nUntil: {plain_time(status.until)}" if status.until else ""
-        answer = f"Login: {user}\nStatus: {status.text}\nSince: {since}{until}"
+    status = now.get(user)
+    answer = status.text if status else ""
+    if status and query.long:
+        answer = f"Login: {user}\nStatus: {status.text}\nSince: {plain_time(status.since)}"
+        answer += f"\nUntil: {plain_time(status.until)}" if status.until else ""
     if plan:
         answer = f"{answer}\n\nPlan:\n{plan}".lstrip("\n")
     return (answer or NO_SUCH_USER).replace("\n", "\r\n") + "\r\n"
@@ -1660,19 +1600,9 @@ class WebAnswers:
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
-LIST_USERS = RpcCall("listUsers")
-LONG_CALLS = ("getPlan", "listUsers", "system.multicall")
-RPC_TIME = "%Y%m%dT%H:%M:%S"
-RPC_TYPES = {  # of each method's result, then of its parameters
-    "getPlan": ["string", "string"],
-    "getStatus": ["struct", "string"],
-    "getUser": ["string", "string"],
-    "listUsers": ["struct"],
-    "system.listMethods": ["array"],
-    "system.methodHelp": ["string", "string"],
-    "system.methodSignature": ["array", "string"],
-    "system.multicall": ["array", "array"],
-}
+SHORT_CALLS = ("getStatus", "getUser")  # which can be called together
+LONG_CALLS = ("getPlan", "listUsers", "system.multicall")  # which are jobs
+RPC_PARAMETERS = {"listUsers": [], "system.listMethods": [], "system.multicall": [list]}
 
 
 def rpc_page(answer: Any) -> Page:
@@ -1685,17 +1615,17 @@ def rpc_page(answer: Any) -> Page:
 class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
     """The XML-RPC methods, registered as the library documents.
 
-    `page` takes the place of the library's `_marshaled_dispatch`: a call is parsed by
-    `parse_rpc_call`, which refuses a DOCTYPE, and a fault never holds a Python exception. What is
-    overridden below adds limits and checks the types of parameters. The library's methodHelp shows
-    the docstrings.
+    `page` takes the place of the library's `_marshaled_dispatch`: `parse_rpc_call` refuses a
+    DOCTYPE, and a fault never holds a Python exception. What is overridden below adds limits and
+    checks the types of parameters. The library's methodHelp shows the docstrings.
     """
 
     def __init__(self, store: StatusStore, policy: Policy, read_plan: Callable[[str], str]) -> None:
         super().__init__()
         self._store, self._policy, self._read_plan = store, policy, read_plan
-        self._listed: tuple[int, Page] | None = None  # the store's version, and its listUsers
-        self._remembered = functools.lru_cache(MAX_PAGES)(rpc_page)  # 20 kB each at the most
+        self._list_page = functools.lru_cache(1)(
+            lambda _: rpc_page((self._dispatch("listUsers", ()),))
+        )
         for function in (self.getPlan, self.getStatus, self.getUser, self.listUsers):
             self.register_function(function)
         self.register_introspection_functions()
@@ -1703,79 +1633,56 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def page(self, call: RpcCall) -> Page:
         """The response to a call; the one to listUsers is made once for a version of the store."""
-        version, listed = self._store.snapshot().version, self._listed
-        if call == LIST_USERS and listed and listed[0] == version:
-            return listed[1]
         try:
-            answer: Any = call.fault or (self._dispatch(call.method, call.params),)
-        except xmlrpc.client.Fault as fault:
-            answer = fault
-        is_text = call.method == "getUser" and isinstance(answer, tuple)
-        page = (self._remembered if is_text else rpc_page)(answer)
-        if call == LIST_USERS:
-            self._listed = version, page
-        return page
+            if (call.method, call.params) == ("listUsers", ()):
+                return self._list_page(self._store.snapshot().version)
+            return rpc_page(call.fault or (self._dispatch(call.method, call.params),))
+        except Fault as fault:
+            return rpc_page(fault)
 
     def _dispatch(self, method: str, params: Any) -> Any:
         """The method's result; raises a Fault if it is unknown or has wrong parameters."""
-        if method not in RPC_TYPES:
-            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
-        types = [{"string": str, "array": list}[name] for name in RPC_TYPES[method][1:]]
-        if [type(param) for param in params] != types:
-            wanted = ", ".join(RPC_TYPES[method][1:]) or "none"
-            raise xmlrpc.client.Fault(INVALID_PARAMS, f"wrong parameters (expected: {wanted})")
+        if method not in self.funcs:
+            raise Fault(NO_METHOD, "no such method")
+        if [type(param) for param in params] != RPC_PARAMETERS.get(method, [str]):
+            raise Fault(INVALID_PARAMS, "wrong parameters")
         return super()._dispatch(method, params)
 
     def getPlan(self, name: Any) -> Any:
         """The user's plan, or an empty string."""
-        return self._read_plan(clean(name[:MAX_QUERY]))
+        return self._read_plan(clean(name))
 
     def getStatus(self, name: Any) -> Any:
         """The user's status, and its times in UTC; a fault if there is none."""
         now = self._store.snapshot()
-        user = now.find(clean(name[:MAX_QUERY]))
+        user = now.find(clean(name))
         status = now.get(user)
         if status is None:
-            raise xmlrpc.client.Fault(DENIED, NO_SUCH_USER)
+            raise Fault(DENIED, NO_SUCH_USER)
         times = {"since": status.since, "until": status.until}
-        dates = {k: xmlrpc.client.DateTime(format_utc(t, RPC_TIME)) for k, t in times.items() if t}
-        return {"user": user, "status": status.text, **dates}
+        return {"user": user, "status": status.text, **{k: utc(t) for k, t in times.items() if t}}
 
     def getUser(self, name: Any) -> Any:
         """The user's status, or "No such user"."""
         now = self._store.snapshot()
-        return now.text(now.find(clean(name[:MAX_QUERY]))) or NO_SUCH_USER
+        return now.text(now.find(clean(name))) or NO_SUCH_USER
 
     def listUsers(self) -> Any:
         """The users and their statuses; at most 10,000 of them."""
         if self._policy.private:
-            raise xmlrpc.client.Fault(DENIED, "Finger online user list denied")
+            raise Fault(DENIED, "Finger online user list denied")
         users = itertools.islice(self._store.snapshot().users(), MAX_RPC_USERS)
         return {user: status.text for user, status in users}
 
-    def system_methodSignature(self, method_name: str) -> Any:
-        """The types of the method's result and parameters, in a list with one signature."""
-        if method_name not in RPC_TYPES:
-            raise xmlrpc.client.Fault(NO_METHOD, "no such method")
-        return [RPC_TYPES[method_name]]
-
     def system_multicall(self, call_list: list[Any]) -> list[Any]:
-        """Up to 100 calls at once: for each a list with its result, or a struct with its fault."""
+        """Up to 100 calls of getStatus and getUser; the results are lists of one, or faults."""
+        for call in call_list:
+            name = call.get("methodName") if isinstance(call, dict) else None
+            if name not in SHORT_CALLS or not isinstance(call.get("params"), list):
+                raise Fault(INVALID_PARAMS, "only getStatus and getUser can be called together")
         if len(call_list) > MAX_MULTICALL:
-            raise xmlrpc.client.Fault(INVALID_PARAMS, f"more than {MAX_MULTICALL} calls")
-        return [self._one_of_many(call) for call in call_list]
-
-    def _one_of_many(self, call: Any) -> Any:
-        call = call if isinstance(call, dict) else {}
-        name, params = call.get("methodName"), call.get("params")
-        try:
-            if not (isinstance(name, str) and isinstance(params, list)):
-                raise xmlrpc.client.Fault(INVALID_REQUEST, "not a method call")
-            if name in ("system.multicall", "listUsers", "getPlan"):
-                raise xmlrpc.client.Fault(INVALID_REQUEST, "not inside a multicall")
-            return [self._dispatch(name, params)]
-        except xmlrpc.client.Fault as fault:
-            return {"faultCode": fault.faultCode, "faultString": fault.faultString}
+            raise Fault(INVALID_PARAMS, f"more than {MAX_MULTICALL} calls")
+        return super().system_multicall(call_list)
 
 
 # ---- IRC -------------------------------------------------------------------------------------
@@ -2510,22 +2417,25 @@ def account_name(uid: int) -> str:
         return f"uid {uid}"
 
 
+def table_address(address: Any) -> str:
+    """An IP address and a port as in the kernel's tables: words in the machine's byte order."""
+    host = plain_address(address).partition("%")[0]
+    raw = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
+    return "".join(f"{word:08X}" for word in memoryview(raw).cast("I")) + f":{address[1]:04X}"
+
+
 def find_account(client: Any, server: Any) -> str:
-    """The account of the client on this machine with these addresses of its connection, or ""."""
-    hosts = [plain_address(end).partition("%")[0] for end in (client, server)]
-    if hosts[0] != hosts[1] and not hosts[0].startswith("127."):
-        return ""  # a remote client; it shall not cost a search of long tables
-    tables = {"tcp6": hosts}
-    if ":" not in hosts[0]:
-        tables = {"tcp": hosts, "tcp6": [f"::ffff:{host}" for host in hosts]}
-    for table, names in tables.items():
-        family = socket.AF_INET if table == "tcp" else socket.AF_INET6
-        addresses = [socket.inet_pton(family, name) for name in names]
-        ends = map(table_address, addresses, (client[1], server[1]))
+    """The account that has the socket connected from `client` to `server`, or "".
+
+    The kernel's tables tell it: see proc_net(5). In tcp6, an IPv4 address has a prefix.
+    """
+    local, remote = table_address(client), table_address(server)
+    for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as rows:
-            uid = find_owner(rows, *ends)
-            if uid is not None:
-                return account_name(uid)
+            for fields in map(str.split, rows):
+                is_it = fields[1].endswith(local) and fields[2].endswith(remote)
+                if is_it and fields[9] != "0":  # else it is closed, and root its owner
+                    return account_name(int(fields[7]))
     return ""
 
 
@@ -2547,8 +2457,7 @@ class SetterServer(Server):
         until: float | None = None
         problem = setting.problem
         if setting.time is not None and not problem:
-            now, seconds = datetime.datetime.now(), datetime.datetime.timestamp
-            until, problem = end_of_message(setting.time, now, seconds)
+            until, problem = end_of_message(setting.time, time.time())
 
         def answer(problem: str) -> Reply:
             outcome = problem or ascii(setting.text)
@@ -2919,14 +2828,13 @@ def expire_messages(store: StatusStore, finished: threading.Event) -> None:
 class Plans:
     """Reads users' plans: DIR/USER for the directory `place`, or ~/.plan for the `place` "home".
 
-    A plan is read anew each time, by a thread of its own, since a disk may hang. No plan is read
-    while LATE_PLANS threads hang, and no second time while a thread hangs with it.
+    A plan is read anew each time, by a thread of its own, since a disk may hang. Until that thread
+    ends, no other plan is read.
     """
 
     def __init__(self, place: str, store: StatusStore) -> None:
         self._place, self._store = place, store
-        self._lock = threading.Lock()
-        self._late: dict[threading.Thread, str] = {}  # the threads that hang, with their users
+        self._turn, self._reader = threading.Lock(), threading.Thread()
         self._first_uid = 1000  # of people; system accounts have lower ones
         with contextlib.suppress(OSError):
             text = pathlib.Path("/etc/login.defs").read_text("utf-8", "replace")
@@ -2934,31 +2842,30 @@ class Plans:
             self._first_uid = int(found[1]) if found else 1000
 
     def read(self, name: str) -> str:
-        """The text of a user's plan; "" if there is none, or if it takes over PLAN_SECONDS."""
+        """The text of a user's plan; "" if there is none, or if it takes too long."""
         user = self._store.snapshot().find(name) or name
         if entry_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
             return ""
-        with self._lock:
-            self._late = {each: late for each, late in self._late.items() if each.is_alive()}
-            if user in self._late.values() or len(self._late) >= LATE_PLANS:
-                return ""
         plan: list[str] = []
-        reader = threading.Thread(target=lambda: plan.append(self._load(user)), daemon=True)
-        with contextlib.suppress(RuntimeError):  # the system has no thread for it
-            reader.start()
-            reader.join(PLAN_SECONDS)
-        if reader.is_alive():
-            with self._lock:
-                if not self._late:
+
+        def load() -> None:
+            plan.append(self._load(user))
+
+        with self._turn:
+            if not self._reader.is_alive():
+                self._reader = threading.Thread(target=load, daemon=True)
+                with contextlib.suppress(RuntimeError):  # the system has no thread for it
+                    self._reader.start()
+                    self._reader.join(PLAN_SECONDS)
+                if self._reader.is_alive():
                     log.warning("plans: the disk does not answer; replies leave the plans out")
-                self._late[reader] = user
         return "".join(plan)
 
     def _load(self, user: str) -> str:
         """The text of a plan. A link, a device or another user's file is none."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # to open a FIFO would block
         path, owner = f"{self._place}/{user}", None
-        try:
+        with contextlib.suppress(OSError, KeyError, ValueError):  # ValueError: not in the locale
             if self._place == "home":
                 account = pwd.getpwnam(user)
                 path, owner = f"{account.pw_dir}/.plan", account.pw_uid
@@ -2970,8 +2877,6 @@ class Plans:
                 is_own = found.st_nlink == 1 and owner in (None, found.st_uid)
                 if is_own and stat.S_ISREG(found.st_mode) and found.st_mode & stat.S_IROTH:
                     return parse_plan(file.read(MAX_PLAN + 1))
-        except (OSError, KeyError, ValueError):  # ValueError: the name is not in the locale
-            pass
         return ""
 
 
