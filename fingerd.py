@@ -402,28 +402,20 @@ def parse_http_time(text: str) -> float:
 # hide a second request in the first.
 
 
-class HttpHead(NamedTuple):
-    """A request head, or in `problem` the status (400 to 501) with which it is refused."""
+class HttpRequest(NamedTuple):
+    """A request, or in `problem` the status (400 to 501) with which it is refused."""
 
     problem: int = 0
-    size: int = 0  # bytes of the head
+    size: int = 0  # bytes of it that have been read
     method: str = ""
     path: str = ""
-    user: str = ""  # whom the path names
+    user: str = ""  # whom the path names: all of it, percent-encoded UTF-8
     query: str = ""
     headers: Mapping[str, str] = {}  # names in lower case; repeated ones joined with ", "
-    length: int = 0  # bytes of a body that is not chunked
-    chunked: bool = False
+    length: int | None = 0  # bytes of the body; None if it is chunked
+    body: bytes | None = b""  # None while it is incomplete
     expects: bool = False  # whether the client waits for `100 Continue` before it sends the body
     keep: bool = False  # whether the connection stays open afterwards
-
-
-class HttpBody(NamedTuple):
-    """A request body, or in `problem` the status with which it is refused."""
-
-    problem: int = 0
-    size: int = 0  # bytes that were received for it
-    data: bytes = b""
 
 
 HOST = r"(?:[0-9A-Za-z._-]{1,255}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{0,5})?"
@@ -438,12 +430,6 @@ _HEADERS = re.compile(rb"(?:%s\r?\n)*\r?\n" % _FIELD)
 _HEAD_END = re.compile(rb"\n\r?\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?\r\n")
 _TRAILERS = re.compile(rb"(?:%s\r\n)*\r\n" % _FIELD)
-
-
-def path_user(path: str) -> str:
-    """The user whom a request's path names: all of it, percent-encoded UTF-8."""
-    raw = urllib.parse.unquote_to_bytes(path[1:].encode("latin-1"))
-    return clean(raw[:MAX_QUERY])
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
@@ -463,13 +449,13 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
 
 
 @functools.lru_cache(maxsize=128)  # 6 MB at the most; without it, a response takes 20 % longer
-def parse_complete_head(head: bytes) -> HttpHead:
-    """The request in a complete head; empty lines may stand before it."""
+def parse_complete_head(head: bytes) -> HttpRequest:
+    """The request with this head, before which empty lines may stand, and without its body."""
     line = _REQUEST_LINE.match(head)
     if not (line and _HEADERS.fullmatch(head, line.end())):
-        return HttpHead(400)
+        return HttpRequest(400)
     if head.count(b"\n") > MAX_HEAD_LINES:
-        return HttpHead(431)
+        return HttpRequest(431)
     method, host, path, query, minor = (part.decode("latin-1") for part in line.groups(b""))
     headers: dict[str, str] = {}
     for field in head[line.end() :].decode("latin-1").split("\n")[:-2]:
@@ -479,77 +465,75 @@ def parse_complete_head(head: bytes) -> HttpHead:
     http_1_1 = minor != "0"
     problem = header_problem(headers, http_1_1)
     if problem:
-        return HttpHead(problem)
+        return HttpRequest(problem)
     if host:  # a target in absolute form (section 3.2.2)
         headers["host"] = host
+    length = None if "transfer-encoding" in headers else int(headers.get("content-length", "0"))
     connection = re.split("[ \t]*,[ \t]*", headers.get("connection", "").lower())
-    return HttpHead(
+    return HttpRequest(
         size=len(head),
         method=method,
         path=path,
-        user=path_user(path),
+        user=clean(urllib.parse.unquote_to_bytes(line[3][1:])[:MAX_QUERY]),
         query=query,
         headers=headers,
-        length=int(headers.get("content-length", "0")),
-        chunked="transfer-encoding" in headers,
+        length=length,
+        body=b"" if length == 0 else None,
         expects=http_1_1 and headers.get("expect", "").lower() == "100-continue",
         keep="close" not in connection and (http_1_1 or "keep-alive" in connection),
     )
 
 
-def parse_http_head(data: bytes) -> HttpHead | None:
-    """The request head at the front of `data`, or None while it is incomplete."""
+def parse_http_head(data: bytes) -> HttpRequest | None:
+    """The request at the front of `data` without its body, or None while the head is incomplete."""
     begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with an extra line
     end = _HEAD_END.search(data, begin, MAX_HTTP_HEAD)
     if end:
         return parse_complete_head(data[: end.end()])
     has_line = b"\n" in data[begin:MAX_HTTP_HEAD]
     if len(data) >= MAX_HTTP_HEAD:
-        return HttpHead(431 if has_line else 414)
+        return HttpRequest(431 if has_line else 414)
     is_wrong = has_line and not _REQUEST_LINE.match(data)  # perhaps HTTP/0.9, without headers
-    return HttpHead(400) if is_wrong else None
+    return HttpRequest(400) if is_wrong else None
 
 
-def refuse_unless_begun(rest: bytes, end: bytes) -> HttpBody | None:
-    """The refusal of a chunk or trailers in `rest`, or None while their `end` may still come."""
-    return HttpBody(400) if end in rest or len(rest) > MAX_TRAILERS else None
-
-
-def parse_chunks(received: bytes, begin: int) -> HttpBody | None:
-    """The chunked body (section 7.1) that begins there, or None while it is incomplete.
-
-    Extensions and trailers are dropped.
-    """
+def parse_chunks(head: HttpRequest, data: bytes) -> HttpRequest:
+    """The request with its chunked body (section 7.1), without extensions and trailers."""
     pieces: list[bytes] = []
-    length, at = 0, begin
+    length, at = 0, head.size
     while True:
-        chunk = _CHUNK.match(received, at)
+        chunk = _CHUNK.match(data, at)
         if not chunk:
-            return refuse_unless_begun(received[at:], b"\n")
+            is_wrong = b"\n" in data[at:] or len(data) - at > MAX_TRAILERS
+            return HttpRequest(400) if is_wrong else head
         size, at = int(chunk[1], 16), chunk.end()
         if not size:
             break
         length += size
         if length > MAX_BODY or len(pieces) >= MAX_CHUNKS:
-            return HttpBody(413)
-        pieces.append(received[at : at + size])
+            return HttpRequest(413)
+        pieces.append(data[at : at + size])
         at += size + 2
-        if len(received) < at:
-            return None
-        if received[at - 2 : at] != b"\r\n":
-            return HttpBody(400)
-    trailers = _TRAILERS.match(received, at, at + MAX_TRAILERS)
-    if not trailers:
-        return refuse_unless_begun(received[at - 2 :], b"\r\n\r\n")
-    return HttpBody(0, trailers.end() - begin, b"".join(pieces))
+        if len(data) < at:
+            return head
+        if data[at - 2 : at] != b"\r\n":
+            return HttpRequest(400)
+    trailers = _TRAILERS.match(data, at, at + MAX_TRAILERS)
+    if trailers:
+        return head._replace(size=trailers.end(), body=b"".join(pieces))
+    is_wrong = b"\r\n\r\n" in data[at:] or len(data) - at >= MAX_TRAILERS
+    return HttpRequest(400) if is_wrong else head
 
 
-def parse_http_body(head: HttpHead, received: bytes) -> HttpBody | None:
-    """The body behind the head at the front of `received`, or None while it is incomplete."""
-    if head.chunked:
-        return parse_chunks(received, head.size)
+def parse_http_request(data: bytes) -> HttpRequest | None:
+    """The request at the front of `data`, or None while its head is incomplete."""
+    head = parse_http_head(data)
+    if not head or head.body is not None:
+        return head
+    if head.length is None:
+        return parse_chunks(head, data)
     end = head.size + head.length
-    return HttpBody(0, head.length, received[head.size : end]) if len(received) >= end else None
+    return head._replace(size=end, body=data[head.size : end]) if len(data) >= end else head
 
 
 # ---- pages -------------------------------------------------------------------------------------
@@ -587,28 +571,18 @@ def choose_format(query: str, accept: str) -> str:
     return best if found[best][0] else ""
 
 
-def digest(pieces: Iterable[bytes]) -> str:
-    """A short hash of these bytes, the same in every process and on every machine."""
-    sha256 = hashlib.sha256()
-    for piece in pieces:
-        sha256.update(piece)
-    return sha256.hexdigest()[:20]
-
-
 STYLE = """
 :root { color-scheme: light dark; background: Canvas }
 body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto }
 body { padding: 0 1rem }
 h1, p, dt, dd, pre { unicode-bidi: plaintext; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; font-size: .9rem }
-h1 { line-height: 1.2 }
 h1 + p { font-size: 1.4rem }
 dl { display: grid; grid-template-columns: minmax(auto, 11rem) 1fr auto }
 dt, dd { border-top: 1px solid #8886; margin: 0 0 .6rem; padding: .6rem 1rem 0 0 }
 dt { font-weight: bold }
 dt + dd { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
 dt + dd { overflow: hidden }
-dd + dd { padding-right: 0 }
 time { white-space: nowrap }
 time, nav, footer { opacity: .75; font-size: .9rem }
 @media (max-width: 40rem) {
@@ -652,7 +626,7 @@ ATOM_FEED = """<?xml version="1.0" encoding="utf-8"?>
 {entries}</feed>
 """
 ATOM_ENTRY = """<entry>
-<id>{id}</id>
+<id>{id}#{digest:.20}</id>
 <title>{user}: {text}</title>
 <updated>{updated}</updated>
 <author><name>{user}</name></author>
@@ -1360,6 +1334,12 @@ def finger_answer(
 # ---- web ---------------------------------------------------------------------------------------
 
 
+PAGE_HEADERS = (
+    "Cache-Control: no-cache\r\nVary: Accept\r\nX-Content-Type-Options: nosniff\r\n"
+    f"Content-Security-Policy: {CONTENT_SECURITY_POLICY}\r\n"
+)
+
+
 class Page(NamedTuple):
     """The part of a response that is the same for every request."""
 
@@ -1370,26 +1350,19 @@ class Page(NamedTuple):
     modified: int = 0  # the second after its last change, since 1970; 0 if that is not known
 
 
-def format_headers(headers: Mapping[str, str]) -> str:
-    """The headers as lines."""
-    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-
-
 def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
     """The page of `texts`, which changed last at `since`."""
     texts = iter(texts)
     pieces = list(iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b""))
-    etag = f'"{digest(pieces)}"'
-    headers = {
-        "Cache-Control": "no-cache",
-        "Vary": "Accept",
-        "X-Content-Type-Options": "nosniff",
-        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-        "ETag": etag,
-        "Content-Type": media_type + "; charset=utf-8",
-        "Content-Length": str(sum(map(len, pieces))),
-    }
-    return Page(status, format_headers(headers), pieces, etag, int(since) + 1)
+    sha256 = hashlib.sha256()
+    for piece in pieces:
+        sha256.update(piece)
+    etag = f'"{sha256.hexdigest()[:20]}"'
+    headers = (
+        f"{PAGE_HEADERS}ETag: {etag}\r\nContent-Type: {media_type}; charset=utf-8\r\n"
+        f"Content-Length: {sum(map(len, pieces))}\r\n"
+    )
+    return Page(status, headers, pieces, etag, int(since) + 1)
 
 
 def error_page(status: int, words: str = "") -> Page:
@@ -1433,7 +1406,8 @@ def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> 
     """
     entries = [
         ATOM_ENTRY.format(
-            id=f"{user_url(policy.feed_root, name)}#{digest([text.encode()])}",
+            id=user_url(policy.feed_root, name),
+            digest=hashlib.sha256(text.encode()).hexdigest(),
             user=html.escape(name),
             text=html.escape(text),
             updated=iso_time(since),
@@ -1494,20 +1468,17 @@ def list_texts(name: str, now: Snapshot, policy: Policy) -> Iterable[str]:
     return (f"{user}: {status.text}\n" for user, status in now.users())
 
 
-CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since"}
-
-
 def conditional_status(headers: Mapping[str, str], page: Page) -> int:
     """The status of the response by the conditions of a GET (RFC 9110, section 13.2.2).
 
     It is 304 if the client has the page, and 412 if it wants no other than one that it has.
     """
     wanted, known = headers.get("if-match"), headers.get("if-none-match")
+    date = headers.get("if-unmodified-since")
     if wanted is not None:  # a weak tag, W/"...", does not count here
-        is_wanted = wanted == "*" or page.etag in re.split("[ \t]*,[ \t]*", wanted)
-    else:
-        is_wanted = page.modified <= parse_http_time(headers.get("if-unmodified-since", ""))
-    if not is_wanted:
+        if wanted != "*" and page.etag not in re.split("[ \t]*,[ \t]*", wanted):
+            return 412
+    elif date is not None and page.modified > parse_http_time(date):
         return 412
     if known is not None:
         return 304 if known == "*" or page.etag in known else 200
@@ -1528,32 +1499,32 @@ class WebAnswers:
         self._lists: dict[str, tuple[int, Page]] = {}  # and the versions of the store
         self._remembered = functools.lru_cache(MAX_PAGES)(self._user)
 
-    def refusal(self, head: HttpHead) -> Page | None:
+    def refusal(self, request: HttpRequest) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
-        if head.problem:
-            return error_page(head.problem)
-        is_rpc, is_public = head.path == "/RPC2", self._policy.public_url != ""
+        if request.problem:
+            return error_page(request.problem)
+        is_rpc, is_public = request.path == "/RPC2", self._policy.public_url != ""
         allowed = [] if is_rpc and not self._store.snapshot().find("RPC2") else ["GET", "HEAD"]
-        allowed += ["POST"] * (is_rpc or head.path == "/")  # some clients post their calls to /
+        allowed += ["POST"] * (is_rpc or request.path == "/")  # some clients post their calls to /
         allowed += ["OPTIONS"] * (is_public and not is_rpc)
-        if head.method in allowed:
+        if request.method in allowed:
             return None
         page = error_page(405)
         return page._replace(headers=f"Allow: {', '.join(allowed)}\r\n{page.headers}")
 
-    def page(self, head: HttpHead, plan: str = "") -> Page:
+    def page(self, request: HttpRequest, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
-        name = choose_format(head.query, head.headers.get("accept", ""))
+        name = choose_format(request.query, request.headers.get("accept", ""))
         if not name:
             return error_page(406, f"The formats are {', '.join(FORMATS)}.")
         now = self._store.snapshot()
-        if head.path == "/":
+        if request.path == "/":
             return self._list(name, now)
-        user = now.find(head.user)
+        user = now.find(request.user)
         status = now.get(user)
         if status and not plan:
             return self._remembered(name, user, status)
-        return self._user(name, user or head.user[:MAX_NAME], status or Status("", -1.0), plan)
+        return self._user(name, user or request.user[:MAX_NAME], status or Status("", -1.0), plan)
 
     def _list(self, name: str, now: Snapshot) -> Page:
         """The list of all users in the format `name`."""
@@ -1575,23 +1546,23 @@ class WebAnswers:
         since = -1 if plan else status.since
         return make_page(200 if is_found else 404, FORMATS[name][0], [text], since)
 
-    def response(self, head: HttpHead, page: Page, now: float) -> list[bytes]:
-        """The pieces of the response with `page` to the request `head` at the time `now`."""
+    def response(self, request: HttpRequest, page: Page, now: float) -> list[bytes]:
+        """The pieces of the response with `page` to `request` at the time `now`."""
         status, more = page.status, ""
-        if status == 200 and head.method != "POST" and not CONDITIONS.isdisjoint(head.headers):
-            status = conditional_status(head.headers, page)
+        if status == 200 and request.method != "POST":
+            status = conditional_status(request.headers, page)
             page = error_page(412) if status == 412 else page
         if self._store.problems:  # monitors look for them
             more = f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
-        if self._policy.public_url and head.method != "POST" and head.path != "/RPC2":
+        if self._policy.public_url and request.method != "POST" and request.path != "/RPC2":
             more += ANY_ORIGIN
         if 0 < page.modified <= now:
             more += f"Last-Modified: {http_time(page.modified)}\r\n"
         top = (
             f"HTTP/1.1 {status} {http.client.responses[status]}\r\nDate: {http_time(int(now))}\r\n"
-            f"Connection: {'keep-alive' if head.keep else 'close'}\r\n{more}{page.headers}\r\n"
+            f"Connection: {'keep-alive' if request.keep else 'close'}\r\n{more}{page.headers}\r\n"
         ).encode()
-        if head.method == "HEAD" or status == 304:
+        if request.method == "HEAD" or status == 304:
             return [top]
         if len(page.pieces) == 1 and len(page.pieces[0]) <= BLOCK_BYTES:
             return [top + page.pieces[0]]
@@ -2492,43 +2463,49 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     """Answers one web request; as the library documents, do_GET answers a GET, and so on.
 
     Two things of the library are replaced. Its request parser accepts requests that a proxy in
-    front may read otherwise: here `parse_http_head` has read the request. Its files would block:
-    here the server's loop receives and sends, so a do_ method returns its page, or a function that
-    makes the page if that takes long.
+    front may read otherwise: here `parse_http_request` has read the request. Its files would
+    block: here the server's loop receives and sends, so a do_ method returns its page, or a
+    function that makes the page if that takes long.
     """
 
+    request: HttpRequest
     server: WebServer
 
     def setup(self) -> None:
-        """Take the parsed request, which the server passes in the place of a socket."""
-        self.head: HttpHead = self.request[0]
-        self.body: bytes = self.request[1]
+        """Nothing: the library would open files here, and close them in `finish`."""
+
+    finish = setup
 
     def handle(self) -> None:
-        self.answer: Page | Callable[[], Page] = getattr(self, f"do_{self.head.method}")()
+        refusal = self.server.answers.refusal(self.request)
+        answer: Any = refusal or getattr(self, f"do_{self.request.method}")()
+        is_page = isinstance(answer, Page)
+        self.reply = self.respond(answer) if is_page else lambda: self.respond(answer())
 
-    def finish(self) -> None:
-        """Nothing: the library would close its files."""
+    def respond(self, page: Page) -> Reply:
+        """The reply with a page."""
+        request, client = self.request, self.client_address
+        log.debug("web: %s: %s %a: %d", client, request.method, request.path[:99], page.status)
+        pieces = self.server.answers.response(request, page, time.time())
+        return Reply(pieces, request.size, not request.keep)
 
     def do_GET(self) -> Page | Callable[[], Page]:
-        head, server = self.head, self.server
-        plans, is_list = server.site.plans, head.path == "/"
-        if is_list and server.site.store.snapshot().size() > MAX_SHORT_LIST:
-            return self.list_page
-        if plans and not is_list:
-            return lambda: server.answers.page(head, plans.read(head.user))
-        return server.answers.page(head)
+        request, answers, plans = self.request, self.server.answers, self.server.site.plans
+        if plans and request.path != "/":
+            return lambda: answers.page(request, plans.read(request.user))
+        size = self.server.site.store.snapshot().size() if request.path == "/" else 1
+        return self.list_page if size > MAX_SHORT_LIST else answers.page(request)
 
     do_HEAD = do_GET  # the response leaves out the body
 
     def list_page(self) -> Page:
         """The list of all users; one thread makes it, for all that wait for it."""
         with self.server.listing:
-            return self.server.answers.page(self.head)
+            return self.server.answers.page(self.request)
 
     def do_POST(self) -> Page | Callable[[], Page]:
-        content_type = self.head.headers.get("content-type", "")
-        rpc, body = self.server.rpc, self.body
+        content_type = self.request.headers.get("content-type", "")
+        rpc, body = self.server.rpc, self.request.body or b""
         if len(body) > MAX_SHORT_CALL:
             return lambda: rpc.page(parse_rpc_call(body, content_type))
         call = parse_short_call(body, content_type)
@@ -2553,34 +2530,18 @@ class WebServer(Server):
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
         """The response to the first request in `received`."""
-        head = parse_http_head(received)
-        if head is None:
+        request: Any = parse_http_request(received)  # WebHandler has it in the place of a socket
+        if request is None:
             return None
-        body = parse_http_body(head, received)
-        if body and body.problem:
-            head = HttpHead(body.problem)
-        refusal = self.answers.refusal(head)
-        if body is None:
-            if ended or not head.expects or len(received) > head.size:
+        if request.body is None:
+            if ended or not request.expects or len(received) > request.size:
                 return None
-            if not refusal:
+            if not self.answers.refusal(request):
                 return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
-            body, head = HttpBody(), head._replace(keep=False)  # the client need not send it
+            request = request._replace(keep=False)  # the client need not send the body
         if len(self.connections) > self.ceiling * 7 // 8:
-            head = head._replace(keep=False)
-
-        def respond(page: Page) -> Reply:
-            log.debug(
-                "web: %s: %s %a: %d", connection, head.method, head.path[:MAX_NAME], page.status
-            )
-            pieces = self.answers.response(head, page, time.time())
-            return Reply(pieces, head.size + body.size, not head.keep)
-
-        if refusal:
-            return respond(refusal)
-        request: Any = head, body.data
-        answer = WebHandler(request, connection.address, self).answer
-        return respond(answer) if isinstance(answer, Page) else lambda: respond(answer())
+            request = request._replace(keep=False)
+        return WebHandler(request, connection, self).reply
 
 
 # ---- the users file ----------------------------------------------------------------------------

@@ -642,7 +642,7 @@ class LawsTest(Case):
 # 3. codecs: tables of bytes and the whole value that each becomes
 # ================================================================================================
 
-Query, Setting, Head = fingerd.FingerQuery, fingerd.Setting, fingerd.HttpHead
+Query, Setting, Request = fingerd.FingerQuery, fingerd.Setting, fingerd.HttpRequest
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # emoji that need their joiners
 
 
@@ -1040,7 +1040,7 @@ class CodecsTest(Case):
         ),
         (
             raw("GET / HTTP/1.1", "Host: h", "Content-Length: 065536"),
-            {"length": 65536, "headers": {"host": "h", "content-length": "065536"}},
+            {"length": 65536, "body": None, "headers": {"host": "h", "content-length": "065536"}},
         ),
         (
             raw("GET / HTTP/1.1", "Host: h", "Content-Length: " + "0" * 99),
@@ -1048,7 +1048,11 @@ class CodecsTest(Case):
         ),
         (
             raw("GET / HTTP/1.1", "Host: h", "Transfer-Encoding:\tChunked "),
-            {"chunked": True, "headers": {"host": "h", "transfer-encoding": "Chunked"}},
+            {
+                "length": None,
+                "body": None,
+                "headers": {"host": "h", "transfer-encoding": "Chunked"},
+            },
         ),
         (
             raw("GET / HTTP/1.1", "Host: h", "Expect: 100-Continue"),
@@ -1077,7 +1081,7 @@ class CodecsTest(Case):
         plain = {"method": "GET", "path": "/", "headers": {"host": "h"}}
         for data, more in self.HEADS:
             with self.subTest(data[:60]):
-                wanted = Head(**{**plain, "keep": True, "size": len(data), **more})
+                wanted = Request(**{**plain, "keep": True, "size": len(data), **more})
                 self.replay(
                     lambda data, _: fingerd.parse_http_head(data), data, wanted, b"body\n\n"
                 )
@@ -1210,17 +1214,17 @@ class CodecsTest(Case):
         ]
         for status, lines in rows:
             with self.subTest([line[:60] for line in lines]):
-                self.assertEqual(fingerd.parse_http_head(raw(*lines)), Head(status))
+                self.assertEqual(fingerd.parse_http_head(raw(*lines)), Request(status))
 
     def test_a_line_that_is_no_request_is_refused_at_once(self) -> None:
         for line in (b"GET /moshez\r\n", b"moshez\n", b"\r\nhello \r\n", b"\x16\x03\x01\n"):
-            self.assertEqual(fingerd.parse_http_head(line), Head(400), line)
+            self.assertEqual(fingerd.parse_http_head(line), Request(400), line)
             self.assertIsNone(fingerd.parse_http_head(line[:-1]), line)
 
     def test_a_request_head_without_an_end_is_too_long_in_the_end(self) -> None:
         start = raw("GET / HTTP/1.1", "Host: h")[:-2]
         for data, status in ((b"x" * 16_384, 414), (start + b"a:b\r\n" * 4000, 431)):
-            self.assertEqual(fingerd.parse_http_head(data), Head(status))
+            self.assertEqual(fingerd.parse_http_head(data), Request(status))
         for endless in (b"\n", b"\r\n", b"\r", b" ", b"\0"):
             with self.subTest(endless):
                 self.assertIsNotNone(fingerd.parse_http_head(endless * 100_000))
@@ -1280,28 +1284,32 @@ class CodecsTest(Case):
 
     def test_request_bodies(self) -> None:
         top = raw("POST / HTTP/1.1", "Host: h", "Transfer-Encoding: chunked")
-        head = fingerd.parse_http_head(top)
+        head = fingerd.parse_http_request(top)
         for data, body in self.CHUNKED:
             with self.subTest(data[:60]):
-                wanted = fingerd.HttpBody(0, len(data), body)
+                wanted = head._replace(size=len(top + data), body=body)
                 for behind in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0\r\n\r\n", b"\r\n"):
-                    self.assertEqual(fingerd.parse_http_body(head, top + data + behind), wanted)
+                    self.assertEqual(fingerd.parse_http_request(top + data + behind), wanted)
                 for size in range(0, len(data), 1 if len(data) < 500 else 97):
-                    self.assertIsNone(fingerd.parse_http_body(head, top + data[:size]))
-        plain = head._replace(chunked=False, length=5)
-        self.assertIsNone(fingerd.parse_http_body(plain, top + b"hell"))
-        body = fingerd.parse_http_body(plain, top + b"hello!")
-        self.assertEqual(body, fingerd.HttpBody(0, 5, b"hello"))
+                    self.assertEqual(fingerd.parse_http_request(top + data[:size]), head)
+        self.assertIsNone(head.body)
+        top = raw("POST / HTTP/1.1", "Host: h", "Content-Length: 5")
+        head = fingerd.parse_http_request(top + b"hell")
+        self.assertIsNone(head.body)
+        whole = fingerd.parse_http_request(top + b"hello!")
+        self.assertEqual(whole, head._replace(size=len(top) + 5, body=b"hello"))
 
     def test_doubtful_request_bodies_are_refused(self) -> None:
-        head = Head(chunked=True)
+        top = raw("POST / HTTP/1.1", "Host: h", "Transfer-Encoding: chunked")
+        head = fingerd.parse_http_request(top)
         for status, data in self.BAD_CHUNKS:
             with self.subTest(data[:60]):
-                bad = fingerd.HttpBody(status)
+                bad, data = Request(status), top + data
                 for behind in (b"\r\n\r\n", b"hello\r\n0\r\n\r\n", b"!" * 5_000):
-                    self.assertEqual(fingerd.parse_http_body(head, data + behind), bad)
-                found = [fingerd.parse_http_body(head, data[:size]) for size in range(len(data))]
-                self.assertEqual([each for each in found if each not in (None, bad)], [])
+                    self.assertEqual(fingerd.parse_http_request(data + behind), bad)
+                sizes = range(len(top), len(data))
+                found = [fingerd.parse_http_request(data[:size]) for size in sizes]
+                self.assertEqual([each for each in found if each not in (head, bad)], [])
 
     def test_formats_are_chosen_by_query_and_accept(self) -> None:
         browser = "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"
@@ -1398,7 +1406,7 @@ class CodecsTest(Case):
 
     def test_a_path_names_a_user(self) -> None:
         self.table(
-            fingerd.path_user,
+            lambda path: fingerd.parse_http_head(raw(f"GET {path} HTTP/1.0")).user,
             [
                 ("/moshez", "moshez"),
                 ("/", ""),
@@ -5842,13 +5850,12 @@ class FuzzTest(Case):
         user, text, problem, _ = fingerd.parse_setting(data, True)
         is_clean(user, text, problem)
         self.assertTrue(problem or not fingerd.entry_problem(user, text))
-        head = fingerd.parse_http_head(data)
-        if head and head.problem:
-            http.HTTPStatus(head.problem)
-        elif head:
-            self.assertLessEqual(head.length, fingerd.MAX_BODY)
-            is_clean(head.user)
-        is_clean(fingerd.path_user("/" + latin))
+        request = fingerd.parse_http_request(data)
+        if request and request.problem:
+            http.HTTPStatus(request.problem)
+        elif request:
+            self.assertLessEqual(len(request.body or b""), fingerd.MAX_BODY)
+            is_clean(request.user)
         for query, accept in (("", latin), (latin, ""), ("format=" + latin, latin)):
             self.assertIn(fingerd.choose_format(query, accept), ["", *fingerd.FORMATS])
         rpc = fingerd.parse_rpc_call(data)
@@ -5858,7 +5865,7 @@ class FuzzTest(Case):
             lambda data: fingerd.parse_finger(data, False),
             lambda data: fingerd.parse_setting(data, False),
             fingerd.parse_http_head,
-            lambda data: fingerd.parse_http_body(Head(chunked=True), data),
+            self.parse_chunks,
         ):
             early, later = parse(data[: len(data) // 2]), parse(data)
             if early is not None and not (isinstance(early, Query) and b"\xff" in data):
@@ -5866,6 +5873,12 @@ class FuzzTest(Case):
                     self.assertTrue(later.problem, "what is refused stays so")
                 else:
                     self.assertEqual(later, early, "what is understood stays so")
+
+    def parse_chunks(self, data: bytes) -> Any:
+        """The request that has these chunks, or None while they are incomplete."""
+        head = Request(body=None)
+        found = fingerd.parse_chunks(head, data)
+        return None if found == head else found
 
     def test_parsers(self) -> None:
         for number, data in enumerate(cases(FUZZ * 6)):
