@@ -6,8 +6,6 @@
     XML-RPC ─┤                     │         └── setter
     IRC ─────┘                     └──► StateFile (SQLite: messages outlive the process)
 
-Run `python3 fingerd.py /etc/users`; `--help` lists the options. The standard library is enough.
-
 A `server` is the finger, the setter or the web server; a `client` has a `connection` to one. A
 `message` is a text that was set for a user; a `status` is the text that is shown for a user: the
 message, or else the text in the users file.
@@ -124,8 +122,7 @@ STOP_SECONDS = 2.0  # for the replies in flight when the service stops
 
 # The process.
 FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # log lines of one kind in this many seconds
-LOG_LINES = 1_000  # log lines that wait for stderr; more are dropped
-LOG_SECONDS = 0.5  # the wait for stderr to take these lines when the service stops
+LOG_LINES = 1_000  # that wait for stderr; more are dropped
 
 # IRC.
 IRC_TEXT_BYTES = 350  # of a text; a line has 512, with our nick!user@host and the target
@@ -2999,9 +2996,9 @@ class LogWriter(logging.Handler):
                 os.write(self._descriptor, f"{line}\n".encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        """End the log: wait for the queued lines to be written, but only LOG_SECONDS."""
+        """End the log: wait for the queued lines to be written, but not long."""
         self._lines.put(None)
-        self._thread.join(LOG_SECONDS)
+        self._thread.join(0.5)
         super().close()
 
 
@@ -3016,16 +3013,16 @@ def listen(name: str, host: str, port: int) -> socket.socket:
         return socket.create_server(
             (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
         )
-    except (OSError, UnicodeError) as problem:
+    except (OSError, OverflowError, UnicodeError) as problem:
         raise StartError(f"--{name}: {getattr(problem, 'strerror', problem)}") from None
 
 
-def notify(message: str) -> None:
-    """Send `message` to the service manager, if there is one: see sd_notify(3)."""
+def notify_ready() -> None:
+    """Tell the service manager, if there is one, that the service is ready: see sd_notify(3)."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
+            sock.sendto(b"READY=1", "\0" + path[1:] if path.startswith("@") else path)
 
 
 def find_identity(run_as: str) -> tuple[int, int]:
@@ -3045,13 +3042,12 @@ def drop_privileges(uid: int, gid: int) -> None:
     for name in ("encodings.idna", "encodings.latin_1", "encodings.cp1252", "_strptime", "sqlite3"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)  # now: later it may be out of reach
-    with contextlib.suppress(OSError, OverflowError):  # the result is checked below
+    try:
         os.setgroups([])  # first, since only root can change them
         os.setgid(gid)
         os.setuid(uid)
-    ids = {os.getuid(), os.geteuid()}, {os.getgid(), os.getegid()}, os.getgroups()
-    if ids != ({uid}, {gid}, []):
-        raise StartError(f"--run-as: cannot become uid {uid}, gid {gid}: not root, or out of range")
+    except (OSError, OverflowError) as problem:
+        raise StartError(f"--run-as: {problem}; was it started by root?") from None
 
 
 def is_url(users: str) -> bool:
@@ -3101,14 +3097,10 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
 # ================================================================================================
 
 
-def parse_address(text: str, host: str = "") -> tuple[str, int] | None:
-    """The host and the port in an ADDRESS; None for `off`."""
-    if text == "off":
-        return None
-    match = re.fullmatch(r"(?:\[([\w:.%]+)\]:|([^:\[\]]+):)?([0-9]{1,5})", text, re.ASCII)
-    if not match or int(match[3]) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!a} is not PORT, HOST:PORT, [IPV6]:PORT or off")
-    return match[1] or match[2] or host, int(match[3])
+def address(text: str) -> tuple[str, int] | None:
+    """The host and port of PORT, HOST:PORT or [IPV6]:PORT; None for `off`."""
+    host, _, port = text.rpartition(":")
+    return None if text == "off" else (host.strip("[]"), int(port))
 
 
 def parse_public_url(text: str) -> str:
@@ -3173,27 +3165,18 @@ def irc_options(options: argparse.Namespace) -> IrcOptions:
     )
 
 
-EPILOG = """\
-ADDRESS is PORT, HOST:PORT, [IPV6]:PORT or off; port 0 is any free port.
-Without a host, the finger and web servers listen on all addresses of this
-machine, IPv4 and IPv6, the setter on 127.0.0.1.
-
-examples:
-  fingerd.py /etc/users                                   as root
-  fingerd.py --finger 7979 --setter off --web off users   only finger
-
-SIGHUP reloads the users file at once; SIGTERM and SIGINT stop the service.
-exit status: 0 success, 1 no start or --check found problems, 2 wrong options
+EPILOG = """
+ADDRESS is PORT, HOST:PORT, [IPV6]:PORT or off; port 0 is any free port. Without a host, the finger
+and web servers listen on all addresses of this machine, IPv4 and IPv6, the setter on 127.0.0.1.
+SIGHUP reloads the users file at once; SIGTERM and SIGINT stop the service. The exit status is 0
+for success, 1 if the service cannot start or --check finds problems, 2 for wrong options.
 """
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     """The options; exits with status 2 if they are wrong."""
-    parser = argparse.ArgumentParser(
-        description="A status line for each user, by finger, web, XML-RPC and IRC, from one file.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "A status line for each user, by finger, web, XML-RPC and IRC, from one file."
+    parser = argparse.ArgumentParser(description=description, epilog=EPILOG)
     add = parser.add_argument
     add("users", metavar="USERS", help="the users file, one `user: status` a line, or its URL")
     add("--check", action="store_true", help="list the problems of the users file, and exit")
@@ -3201,31 +3184,31 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("-v", "--verbose", action="store_true", help="log every query")
     add = parser.add_argument_group("where to listen").add_argument
     for name, default in DEFAULT_ADDRESSES.items():
-        kind = functools.partial(parse_address, host=default.rpartition(":")[0])
         text = f"address of the {name} server (default: {default}); repeatable"
-        add(f"--{name}", metavar="ADDRESS", type=kind, action="append", help=text)
+        add(f"--{name}", metavar="ADDRESS", type=address, action="append", help=text)
     add = parser.add_argument_group("what to answer").add_argument
     add("--private", action="store_true", help="refuse listings; answer only for named users")
     text = "a name of this machine, as in `finger user@NAME`; repeatable"
     add("--hostname", metavar="NAME", action="append", default=[], help=text)
-    text = "URL of the web server as clients see it, for absolute links"
-    add("--public-url", metavar="URL", type=parse_public_url, help=text)
+    add("--public-url", metavar="URL", type=parse_public_url, help="the web server's public URL")
     add("--plans", metavar="DIR", help="show plans: DIR/USER, or for `home` each person's ~/.plan")
     add = parser.add_argument_group("how to run").add_argument
     text = "seconds between checks of the users file (default: 30)"
     add("--interval", metavar="S", type=float, default=30.0, help=text)
-    text = "file for messages, or off (default: in the state directory)"
-    add("--state", metavar="FILE", help=text)
+    add(
+        "--state", metavar="FILE", help="file for messages or off (default: in the state directory)"
+    )
     add("--run-as", metavar="USER[:GROUP]", help="drop root privileges to this user (default: 1:1)")
     add_irc_options(parser)
     options = parser.parse_args(arguments)
     if not 0 < options.interval <= threading.TIMEOUT_MAX:
         parser.error("argument --interval: not above 0, or too long")
     for name, default in DEFAULT_ADDRESSES.items():
-        addresses = getattr(options, name) or [parse_address(default)]
+        addresses = getattr(options, name) or [address(default)]
         if None in addresses and len(addresses) > 1:
             parser.error(f"argument --{name}: off together with another address")
-        setattr(options, name, [address for address in addresses if address])
+        host = default.rpartition(":")[0]
+        setattr(options, name, [(each[0] or host, each[1]) for each in addresses if each])
     return options
 
 
@@ -3255,31 +3238,29 @@ def check(source: FileSource | UrlSource) -> int:
     same = [list(names) for _, names in itertools.groupby(ordered, str.casefold)]
     cased = [f" {' and '.join(names)} differ only in case" for names in same if len(names) > 1]
     warnings = [f"{warning} (a warning)" for warning in users.repeated + cased]
-    with open(1, "w", errors="backslashreplace", closefd=False) as out:  # in any locale
-        for line in users.problems + warnings:
-            print(f"{source.name}:{line}", file=out)
-        if not users.problems:
-            found = f"{len(warnings)} warnings" if warnings else "no problems"
-            print(f"{len(users.texts)} users, {found}", file=out)
+    for line in users.problems + warnings:
+        print(f"{source.name}:{line}")
+    if not users.problems:
+        print(f"{len(users.texts)} users, no problems")
     return 1 if users.problems else 0
 
 
-def bind(options: argparse.Namespace) -> dict[str, list[socket.socket]]:
-    """The listeners of each server, by its name: from systemd (sd_listen_fds(3)), or new ones."""
-    listeners: dict[str, list[socket.socket]] = {name: [] for name in DEFAULT_ADDRESSES}
+def bind(options: argparse.Namespace) -> list[tuple[str, socket.socket]]:
+    """The listeners and their servers' names: from systemd (sd_listen_fds(3)), or new ones."""
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") if is_ours else []
-    for number, name in enumerate(names, 3):
-        if not (name in listeners and getattr(options, name)):
+    for name in names:
+        if name not in DEFAULT_ADDRESSES or not getattr(options, name):
             raise StartError(f"LISTEN_FDNAMES: {name!a} is no server, or off: mask its unit")
-        listeners[name].append(socket.socket(fileno=number))
-    for name, found in listeners.items():
-        found += [] if found else [listen(name, *address) for address in getattr(options, name)]
-        for listener in found:
-            host, port = listener.getsockname()[:2]
-            log.info("%s listening on %s:%d", name, f"[{host}]" if ":" in host else host, port)
-            if name == "setter" and not re.match(r"127\.|::1$", plain_address((host, port))):
-                log.warning("anybody who can reach %s can set anybody's message", host)
+    listeners = [(name, socket.socket(fileno=number)) for number, name in enumerate(names, 3)]
+    for name in DEFAULT_ADDRESSES:
+        addresses = [] if name in names else getattr(options, name)
+        listeners += [(name, listen(name, *address)) for address in addresses]
+    for name, listener in listeners:
+        host, port = listener.getsockname()[:2]
+        log.info("%s listening on %s:%d", name, f"[{host}]" if ":" in host else host, port)
+        if name == "setter" and not re.match(r"127\.|::1$", plain_address((host, port))):
+            log.warning("anybody who can reach %s can set anybody's message", host)
     return listeners
 
 
@@ -3307,11 +3288,8 @@ def state_path(options: argparse.Namespace, owner: tuple[int, int] | None) -> pa
     return folder / path.name
 
 
-def make_policy(
-    options: argparse.Namespace, listeners: Mapping[str, list[socket.socket]]
-) -> Policy:
+def make_policy(options: argparse.Namespace) -> Policy:
     """The part of the options that decides answers."""
-    ports = {name: some[0].getsockname()[1] for name, some in listeners.items() if some}
     own, url = socket.gethostname(), options.public_url or ""
     public = urllib.parse.urlsplit(url).hostname or own
     names = ["localhost", own, own.partition(".")[0], public, *options.hostname]
@@ -3319,26 +3297,24 @@ def make_policy(
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=options.hostname[0] if options.hostname else public,
-        finger_port=ports.get("finger", 0),
+        finger_port=options.finger[0][1] if options.finger else 0,
         public_url=url,
         feed_root=url or Policy().feed_root,
     )
 
 
-def build_services(
-    options: argparse.Namespace,
-) -> tuple[StatusStore, Reloader, list[Server], IrcBot | None]:
+def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Server], list[IrcBot]]:
     """Everything, ready to be started; StartError or NotKept where that cannot be.
 
-    The order matters: ports need privileges, and so may the directory of the state file. Once
-    these are dropped, the users file is read as it will be read later. The state file is opened
-    last, so that a start that fails leaves none behind.
+    Root binds the ports and makes the state directory. Then its rights are dropped, so the users
+    file is read as it will be read later. The state file is opened last, so that a start that fails
+    leaves none behind.
     """
-    needed = options.run_as or os.geteuid() == 0
-    identity = find_identity(options.run_as or "1:1") if needed else None
+    run_as = options.run_as or ("1:1" if os.geteuid() == 0 else "")
+    identity = find_identity(run_as) if run_as else None
     listeners = bind(options)
     path, store = state_path(options, identity), StatusStore()
-    bot = IrcBot(irc_options(options), store) if options.irc else None
+    bots = [IrcBot(irc_options(options), store)] if options.irc else []
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
         drop_privileges(*identity)
@@ -3354,12 +3330,10 @@ def build_services(
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
     if path:
         restore_messages(store, path, is_default=not options.state)
-    site = Site(store, make_policy(options, listeners), plans, reloader.refresh)
-    kinds = FingerServer, SetterServer, WebServer
-    servers: list[Server] = [
-        kind(listener, site) for kind in kinds for listener in listeners[kind.name]
-    ]
-    return store, reloader, servers, bot
+    site = Site(store, make_policy(options), plans, reloader.refresh)
+    kinds = {kind.name: kind for kind in (FingerServer, SetterServer, WebServer)}
+    servers: list[Server] = [kinds[name](listener, site) for name, listener in listeners]
+    return store, reloader, servers, bots
 
 
 def limit_connections(servers: list[Server]) -> None:
@@ -3374,34 +3348,30 @@ def limit_connections(servers: list[Server]) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the service until SIGTERM or SIGINT; a second signal ends the process at once."""
-    store, reloader, servers, bot = build_services(options)
+    store, reloader, servers, bots = build(options)
     limit_connections(servers)
-    ends = store, reloader.finished
-    expirer = threading.Thread(target=expire_messages, args=ends, name="expirer", daemon=True)
-    threads = [threading.Thread(target=each.run, name=each.name, daemon=True) for each in servers]
-    threads += [bot] if bot else []
+    loops = [threading.Thread(target=each.run, name=each.name, daemon=True) for each in servers]
+    expirer = threading.Thread(target=expire_messages, args=(store, reloader.finished), daemon=True)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads that are started later inherit it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process, like SIGTERM
     # Beside a busy thread, a loop falls from 7,700 answers/s to 2,100; at Python's 5 ms to 69.
     sys.setswitchinterval(1e-4)
-    for thread in (*threads, reloader, expirer):
+    for thread in (*loops, *bots, reloader, expirer):
         thread.start()
-    notify("READY=1")
+    notify_ready()
     log.info("ready")
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         reloader.reload()
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
-    notify("STOPPING=1")
-    deadline = time.monotonic() + STOP_SECONDS
-    if bot:
-        bot.stopping.set()
     reloader.cancel()
+    for bot in bots:
+        bot.stopping.set()
     for server in servers:
         server.shutdown()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    for thread in (*loops, *bots):
+        thread.join(STOP_SECONDS)
     store.close()
     log.info("stopped")
 
