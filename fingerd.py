@@ -79,7 +79,7 @@ MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
 MAX_LISTING = 100_000  # characters of a finger listing
-MAX_HTTP_HEAD, MAX_HEAD_LINES = 16_384, 100  # bytes and lines of a request head
+MAX_HTTP_HEAD, MAX_HEADERS = 16_384, 100  # bytes and headers of a request head
 MAX_ACCEPT = 1_000  # characters of an Accept header that count; 16,000 would take 90 ms
 MAX_BODY = 65_536  # bytes of a request body
 MAX_CHUNKS = 256  # of a request body; they are read again each time that bytes arrive
@@ -409,7 +409,6 @@ class HttpRequest(NamedTuple):
     user: str = ""  # whom the path names: all of it, percent-encoded UTF-8
     query: str = ""
     headers: Mapping[str, str] = {}  # names in lower case; repeated ones joined with ", "
-    length: int | None = 0  # bytes of the body; None if it is chunked
     body: bytes | None = b""  # None while it is incomplete
     expects: bool = False  # whether the client waits for `100 Continue` before it sends the body
     keep: bool = False  # whether the connection stays open afterwards
@@ -423,7 +422,7 @@ _REQUEST_LINE = re.compile(
     rb"[\r\n]*(%s) (?:(?i:https?)://(%s))?(%s)(?:\?(%s))? HTTP/1\.([0-9])\r?\n"
     % (_TOKEN, HOST.encode(), _PATH, _QUERY)
 )
-_HEADERS = re.compile(rb"(?:%s\r?\n)*\r?\n" % _FIELD)
+_HEADERS = re.compile(rb"(?:%s\r?\n){0,%d}\r?\n" % (_FIELD, MAX_HEADERS))
 _HEAD_END = re.compile(rb"\n\r?\n")
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?\r\n")
 _TRAILERS = re.compile(rb"(?:%s\r\n)*\r\n" % _FIELD)
@@ -451,8 +450,6 @@ def parse_complete_head(head: bytes) -> HttpRequest:
     line = _REQUEST_LINE.match(head)
     if not (line and _HEADERS.fullmatch(head, line.end())):
         return HttpRequest(400)
-    if head.count(b"\n") > MAX_HEAD_LINES:
-        return HttpRequest(431)
     method, host, path, query, minor = (part.decode("latin-1") for part in line.groups(b""))
     headers: dict[str, str] = {}
     for field in head[line.end() :].decode("latin-1").split("\n")[:-2]:
@@ -465,7 +462,7 @@ def parse_complete_head(head: bytes) -> HttpRequest:
         return HttpRequest(problem)
     if host:  # a target in absolute form (section 3.2.2)
         headers["host"] = host
-    length = None if "transfer-encoding" in headers else int(headers.get("content-length", "0"))
+    has_body = "transfer-encoding" in headers or int(headers.get("content-length", "0")) > 0
     connection = re.split("[ \t]*,[ \t]*", headers.get("connection", "").lower())
     return HttpRequest(
         size=len(head),
@@ -474,19 +471,14 @@ def parse_complete_head(head: bytes) -> HttpRequest:
         user=clean(urllib.parse.unquote_to_bytes(line[3][1:])[:MAX_QUERY]),
         query=query,
         headers=headers,
-        length=length,
-        body=b"" if length == 0 else None,
+        body=None if has_body else b"",
         expects=http_1_1 and headers.get("expect", "").lower() == "100-continue",
         keep="close" not in connection and (http_1_1 or "keep-alive" in connection),
     )
 
 
-def parse_http_head(data: bytes) -> HttpRequest | None:
-    """The request at the front of `data` without its body, or None while the head is incomplete."""
-    begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with an extra line
-    end = _HEAD_END.search(data, begin, MAX_HTTP_HEAD)
-    if end:
-        return parse_complete_head(data[: end.end()])
+def parse_begun_head(data: bytes, begin: int) -> HttpRequest | None:
+    """The refusal of a head that begins there and has no end, or None if that may still come."""
     has_line = b"\n" in data[begin:MAX_HTTP_HEAD]
     if len(data) >= MAX_HTTP_HEAD:
         return HttpRequest(431 if has_line else 414)
@@ -524,12 +516,16 @@ def parse_chunks(head: HttpRequest, data: bytes) -> HttpRequest:
 
 def parse_http_request(data: bytes) -> HttpRequest | None:
     """The request at the front of `data`, or None while its head is incomplete."""
-    head = parse_http_head(data)
-    if not head or head.body is not None:
+    begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with an extra line
+    head_end = _HEAD_END.search(data, begin, MAX_HTTP_HEAD)
+    if not head_end:
+        return parse_begun_head(data, begin)
+    head = parse_complete_head(data[: head_end.end()])
+    if head.body is not None:
         return head
-    if head.length is None:
+    if "transfer-encoding" in head.headers:
         return parse_chunks(head, data)
-    end = head.size + head.length
+    end = head.size + int(head.headers["content-length"])
     return head._replace(size=end, body=data[head.size : end]) if len(data) >= end else head
 
 
@@ -633,12 +629,10 @@ ATOM_ENTRY = """<entry>
 """
 
 
-def html_page(title: str, main: str, feed_of: str = "") -> str:
-    """A page with `main`, in HTML, below the title, and with the feed of a URL, if it has one."""
-    feed = f'<link rel="alternate" type="application/atom+xml" href="{feed_of}?format=atom">\n'
-    return HTML_PAGE.format(
-        title=html.escape(title), main=main, feed=feed if feed_of else "", style=STYLE
-    )
+def html_page(title: str, main: str, feed: str = "") -> str:
+    """A page with `main`, in HTML, below the title, and with the URL of a feed, if it has one."""
+    link = f'<link rel="alternate" type="application/atom+xml" href="{feed}">\n' if feed else ""
+    return HTML_PAGE.format(title=html.escape(title), main=main, feed=link, style=STYLE)
 
 
 def html_time(when: float) -> str:
@@ -1275,12 +1269,8 @@ class Policy(NamedTuple):
     hostnames: frozenset[str] = frozenset({"localhost"})  # this machine's names, in lower case
     finger_host: str = "localhost"  # where pages say that users can be fingered,
     finger_port: int = 0  # 0 for nowhere
-    public_url: str = ""  # the web server's address behind a proxy, ending in "/"
+    public_url: str = "/"  # the web server's address behind a proxy, ending in "/"
     feed_root: str = "tag:fingerd,2026:"  # the start of ids in feeds: the same on all replicas
-
-    def url(self, user: str = "") -> str:
-        """The URL of a user's page, or of everybody's, in HTML."""
-        return user_url(self.public_url or "/", user)
 
 
 # ---- finger ------------------------------------------------------------------------------------
@@ -1368,24 +1358,21 @@ def error_page(status: int, words: str = "") -> Page:
     return make_page(status, "text/html", [html_page(str(status), f"<p>{words}</p>")])
 
 
-ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"  # pages from elsewhere may read this page
-PREFLIGHT = Page(  # the answer to a browser that asks whether they may
-    204,
-    "Access-Control-Allow-Methods: GET, HEAD\r\n"
-    "Access-Control-Allow-Headers: *\r\n"
-    "Access-Control-Max-Age: 86400\r\n",
-)
+# Pages from elsewhere may read this page; and the answer to a browser that asks what they may do.
+ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"
+ALLOWED = "Access-Control-Allow-Methods: GET, HEAD\r\nAccess-Control-Allow-Headers: *\r\n"
 
 
 def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
     """The page of one user, who may be unknown."""
-    links = [f'<a href="{policy.url()}">everybody</a>']
+    feed = user_url(policy.public_url, user) + "?format=atom"
+    links = [f'<a href="{html.escape(policy.public_url)}">everybody</a>']
     if not (status.text or plan):
         return html_page(user, f"<p>{NO_SUCH_USER}</p>\n<footer>{links[0]}</footer>")
     if policy.finger_port == 79:  # finger(1) takes no port
         command = f"finger {shlex.quote(f'{user}@{policy.finger_host}')}"
         links.append(f"<code>{html.escape(command)}</code>")
-    links.append(f'<a href="{policy.url(user)}?format=atom">feed</a>')
+    links.append(f'<a href="{feed}">feed</a>')
     main = ""
     if status.text:
         until = f", until {html_time(status.until)}" if status.until else ""
@@ -1393,7 +1380,7 @@ def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
         main = f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
     if plan:
         main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n"
-    return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", policy.url(user))
+    return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", feed)
 
 
 def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> str:
@@ -1408,7 +1395,7 @@ def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> 
             user=html.escape(name),
             text=html.escape(text),
             updated=iso_time(since),
-            url=policy.url(name),
+            url=user_url(policy.public_url, name),
         )
         for name, (text, since, _) in statuses
     ]
@@ -1416,7 +1403,7 @@ def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> 
         id=user_url(policy.feed_root, user),
         title=html.escape(user or "fingerd"),
         updated=iso_time(statuses[0][1].since if statuses else 0),
-        url=policy.url(user),
+        url=user_url(policy.public_url, user),
         entries="".join(entries),
     )
 
@@ -1442,16 +1429,17 @@ def list_html(now: Snapshot, policy: Policy) -> str:
     title, usage = f"Statuses at {policy.finger_host}", "usage: site/user"
     if policy.private:
         return html_page(title, f"<p>The list of users is private here</p>\n<nav>{usage}</nav>")
-    feed = f'<a href="{policy.url()}?format=atom">feed</a>'
-    main = f"<p>What everybody here is up to</p>\n<nav>{usage} · {feed}</nav>\n"
+    feed = html.escape(policy.public_url) + "?format=atom"
+    main = f'<p>What everybody here is up to</p>\n<nav>{usage} · <a href="{feed}">feed</a></nav>\n'
     rows = [
-        f'<dt><a href="{policy.url(user)}">{html.escape(user)}</a></dt>'
+        f'<dt><a href="{user_url(policy.public_url, user)}">{html.escape(user)}</a></dt>'
         f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd>\n"
         for user, (text, since, _) in newest(now, MAX_PAGE_USERS)
     ]
     main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else NO_STATUS
     more = now.size() - len(rows)
-    return html_page(title, main + (f"<p>... and {more} more</p>\n" if more else ""), policy.url())
+    main += f"<p>... and {more} more</p>\n" if more else ""
+    return html_page(title, main, feed)
 
 
 def list_texts(name: str, now: Snapshot, policy: Policy) -> Iterable[str]:
@@ -1486,9 +1474,8 @@ def conditional_status(headers: Mapping[str, str], page: Page) -> int:
 class WebAnswers:
     """The pages of the store's users.
 
-    It remembers the last list of everybody in each format (as long as the statuses in it), and
-    MAX_PAGES users' pages of 20 kB at most. Pages with plans or about unknown names are made for
-    each request.
+    It remembers the last list of everybody in each format, which is as long as the statuses in it,
+    and MAX_PAGES users' pages without a plan, of 20 kB at most.
     """
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
@@ -1500,7 +1487,7 @@ class WebAnswers:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
         if request.problem:
             return error_page(request.problem)
-        is_rpc, is_public = request.path == "/RPC2", self._policy.public_url != ""
+        is_rpc, is_public = request.path == "/RPC2", self._policy.public_url != "/"
         allowed = [] if is_rpc and not self._store.snapshot().find("RPC2") else ["GET", "HEAD"]
         allowed += ["POST"] * (is_rpc or request.path == "/")  # some clients post their calls to /
         allowed += ["OPTIONS"] * (is_public and not is_rpc)
@@ -1518,10 +1505,9 @@ class WebAnswers:
         if request.path == "/":
             return self._list(name, now)
         user = now.find(request.user)
-        status = now.get(user)
-        if status and not plan:
-            return self._remembered(name, user, status)
-        return self._user(name, user or request.user[:MAX_NAME], status or Status("", -1.0), plan)
+        status = now.get(user) or Status("", -1.0)
+        make = self._user if plan else self._remembered
+        return make(name, user or request.user[:MAX_NAME], status, plan)
 
     def _list(self, name: str, now: Snapshot) -> Page:
         """The list of all users in the format `name`."""
@@ -1536,7 +1522,7 @@ class WebAnswers:
             self._lists[name] = now.version, page
         return page
 
-    def _user(self, name: str, user: str, status: Status, plan: str = "") -> Page:
+    def _user(self, name: str, user: str, status: Status, plan: str) -> Page:
         """The page of one user, who may be unknown. With a plan it has no date."""
         text = user_text(name, user, status, self._policy, plan)
         is_found = status.text or (plan and name in ("html", "json"))
@@ -1551,7 +1537,7 @@ class WebAnswers:
             page = error_page(412) if status == 412 else page
         if self._store.problems:  # monitors look for them
             more = f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
-        if self._policy.public_url and request.method != "POST" and request.path != "/RPC2":
+        if self._policy.public_url != "/" and request.method != "POST" and request.path != "/RPC2":
             more += ANY_ORIGIN
         if 0 < page.modified <= now:
             more += f"Last-Modified: {http_time(page.modified)}\r\n"
@@ -2487,11 +2473,13 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return Reply(pieces, request.size, not request.keep)
 
     def do_GET(self) -> Page | Callable[[], Page]:
-        request, answers, plans = self.request, self.server.answers, self.server.site.plans
-        if plans and request.path != "/":
+        request, answers, site = self.request, self.server.answers, self.server.site
+        plans, is_list = site.plans, request.path == "/"
+        if is_list and site.store.snapshot().size() > MAX_SHORT_LIST:
+            return self.list_page
+        if plans and not is_list:
             return lambda: answers.page(request, plans.read(request.user))
-        size = self.server.site.store.snapshot().size() if request.path == "/" else 1
-        return self.list_page if size > MAX_SHORT_LIST else answers.page(request)
+        return answers.page(request)
 
     do_HEAD = do_GET  # the response leaves out the body
 
@@ -2509,7 +2497,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return (lambda: rpc.page(call)) if call.method in LONG_CALLS else rpc.page(call)
 
     def do_OPTIONS(self) -> Page:
-        return PREFLIGHT
+        return Page(204, ALLOWED)
 
 
 class WebServer(Server):
@@ -3298,7 +3286,7 @@ def make_policy(options: argparse.Namespace) -> Policy:
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=options.hostname[0] if options.hostname else public,
         finger_port=options.finger[0][1] if options.finger else 0,
-        public_url=url,
+        public_url=url or "/",
         feed_root=url or Policy().feed_root,
     )
 
