@@ -2213,9 +2213,8 @@ class Server(socketserver.ThreadingTCPServer):
         """Send as much of a new reply, or of the one that was begun, as the client takes now."""
         if reply:
             connection.received = connection.received[reply.used :]
+            connection.pipelined = reply.used > 0 and connection.received != b""
             connection.closing = reply.close or self.stopping
-            answered = reply.used > 0 and not connection.closing
-            connection.pipelined = answered and connection.received != b""
             connection.unsent = [*reply.pieces]
         piece = connection.unsent.pop(0)
         try:
@@ -2246,7 +2245,8 @@ class Server(socketserver.ThreadingTCPServer):
     def await_end(self, connection: Connection) -> None:
         """Wait for the client to close: bytes that are still on their way could reset the reply."""
         connection.sock.shutdown(socket.SHUT_WR)
-        connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
+        connection.pipelined, connection.drain = False, DRAIN_BYTES
+        connection.deadline = time.monotonic() + DRAIN_SECONDS
         self.wait(connection)
 
     def drop(self, connection: Connection) -> None:
