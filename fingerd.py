@@ -2041,7 +2041,6 @@ class Server(socketserver.ThreadingTCPServer):
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.wakened, selectors.EVENT_READ)
         self.selector.register(listener, selectors.EVENT_READ)
-        self.newcomers = 0  # that may be accepted in this turn
         self.accepting = True  # False from a failure to accept until the kernel's queue is empty
         self.stopping = False
 
@@ -2055,21 +2054,17 @@ class Server(socketserver.ThreadingTCPServer):
     # The hooks of socketserver. In the loop, service_actions waits and calls the others.
 
     def get_request(self) -> tuple[Any, Any]:
-        """The next connection that is ready, and its address; OSError if there is none."""
+        """The next connection that is ready, else a new one; OSError if there is none."""
         if self.ready:
             connection = self.ready.popleft()
             return connection, connection.address
-        if not self.newcomers:
-            raise BlockingIOError
-        self.newcomers -= 1
         try:
             sock, address = self.socket.accept()
+        except BlockingIOError:
+            self.accepting = True
+            raise
         except OSError as problem:
-            self.newcomers = 0
-            if isinstance(problem, BlockingIOError):
-                self.accepting = True
-            elif not isinstance(problem, ConnectionError):  # else the client has given up
-                self.cannot_accept(problem)
+            self.cannot_accept(problem)
             raise
         return Connection(sock, address, time.monotonic() + self.seconds), address
 
@@ -2142,28 +2137,31 @@ class Server(socketserver.ThreadingTCPServer):
 
         Returns whether there was any.
         """
+        newcomers = 0
         for key, _ in self.selector.select(seconds):
             if key.fileobj is self.socket:
-                self.newcomers = 512
+                newcomers = 512
             elif key.fileobj is self.wakened:
                 self.wakened.recv(RECEIVE_BYTES)
                 while self.handed_back:
                     self.ready.append(self.handed_back.popleft())
             elif key.data.unsent or not key.data.pipelined:  # else it has been handed back
                 self.ready.append(key.data)
-        any_ready = bool(self.ready or self.newcomers)
+        count = len(self.ready) + newcomers
         with contextlib.suppress(OSError):  # of get_request
-            while True:
+            for _ in range(count):
                 request, address = self.get_request()
                 try:
                     self.process_request(request, address)
                 except Exception:
                     self.handle_error(request, address)
                     self.shutdown_request(request)
-        return any_ready
+        return count > 0
 
     def cannot_accept(self, problem: OSError) -> None:
         """Log this once, and close a connection: as a rule, no descriptor is left."""
+        if isinstance(problem, ConnectionError):
+            return  # the client has given up
         if self.accepting:
             log.error("%s: cannot accept: %s", self.name, problem.strerror)
         self.accepting = False
