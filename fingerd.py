@@ -226,8 +226,7 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
     problems: list[str] = []
     repeated: list[str] = []
     for number, (line, problem) in enumerate(lines, 1):
-        name, colon, text = line.partition(":")
-        name, text = name.rstrip(), text.lstrip()
+        name, colon, text = map(str.strip, line.partition(":"))
         if not problem:
             if not line or line[0] == "#":
                 continue
@@ -2538,12 +2537,10 @@ def read_users(data: bytes, known: Mapping[str, str]) -> UsersFile:
     """The users in a users file or in a list in JSON; UsersError if it is something else."""
     if b"\0" in data[:4]:
         raise UsersError("in UTF-16, not in UTF-8")
-    if not data.startswith((JSON_START, b"[]\n")):
-        users = parse_users(clean_lines(data), known)
-    elif data.endswith(b"]\n"):
+    if data.startswith((JSON_START, b"[]\n")):
         users = parse_json_list(data, known, time.time())
     else:
-        raise UsersError(f"broke off after {len(data)} bytes")
+        users = parse_users(clean_lines(data), known)
     if len(users.texts) > MAX_USERS:
         raise UsersError(f"more than {MAX_USERS} users")
     return users
@@ -2584,32 +2581,23 @@ class FileSource:
                 return None
             self._seen = before
             return users._replace(modified=past(self._path.stat().st_mtime, time.time()))
-        except OSError as problem:
-            raise UsersError(f"{self.name}: {problem.strerror}") from None
-        except UsersError as problem:
-            raise UsersError(f"{self.name}: {problem}") from None
-
-
-def cut_off(sock: socket.socket, late: threading.Event) -> None:
-    """Set `late` and end the stream for a thread that reads from `sock`."""
-    late.set()
-    with contextlib.suppress(OSError):  # it is closed
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # the method of a TLS socket ends TLS first
+        except (OSError, UsersError) as problem:
+            raise UsersError(f"{self.name}: {getattr(problem, 'strerror', problem)}") from None
 
 
 def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
     """The response to a GET, and its body; TimeoutError if it is not whole in FETCH_SECONDS."""
-    parts = urllib.parse.urlsplit(url)
+    parts, body = urllib.parse.urlsplit(url), bytearray()
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.netloc, timeout=FETCH_SECONDS)
     connection.connect()
-    late, body = threading.Event(), bytearray()
-    timer = threading.Timer(FETCH_SECONDS, cut_off, [connection.sock, late])
+    connection.sock.settimeout(None)  # the timer ends the stream, and so a read that waits
+    end, shutdown = time.monotonic() + FETCH_SECONDS, socket.socket.shutdown  # TLS or not
+    timer = threading.Timer(FETCH_SECONDS, shutdown, [connection.sock, socket.SHUT_RDWR])
     timer.daemon = True
     timer.start()
     try:
-        target = parts._replace(scheme="", netloc="", fragment="").geturl()
-        connection.request("GET", target or "/", headers=headers)
+        connection.request("GET", url.partition(parts.netloc)[2] or "/", headers=headers)
         response = connection.getresponse()
         for block in iter(lambda: response.read(BLOCK_BYTES), b""):
             body += block
@@ -2618,7 +2606,7 @@ def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPRespons
     finally:
         timer.cancel()
         connection.close()
-        if late.is_set():
+        if time.monotonic() >= end:
             raise TimeoutError("timed out")
     if response.length:
         raise UsersError(f"broke off after {len(body)} bytes")
