@@ -78,13 +78,12 @@ MAX_QUERY = 512  # bytes of a finger query, CR included (RFC 1288 sets no limit)
 MAX_SETTING = 8_192  # bytes of the setter's two lines
 MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
-MAX_LISTING = 100_000  # characters of a finger listing
 MAX_HTTP_HEAD, MAX_HEADERS = 16_384, 100  # bytes and headers of a request head
 MAX_ACCEPT = 1_000  # characters of an Accept header that count; 16,000 would take 90 ms
 MAX_BODY = 65_536  # bytes of a request body
 MAX_CHUNKS = 256  # of a request body; they are read again each time that bytes arrive
 MAX_TRAILERS = 4_096  # bytes of the headers behind the last chunk
-MAX_PAGE_USERS = 1_000  # users on the web page
+MAX_LISTED = 1_000  # users on the web page, and in a finger listing
 MAX_FEED = 50  # entries of a feed
 MAX_PAGES = 256  # users' pages that are remembered, each of 20 kB at most
 MAX_SHORT_LIST = 100  # users whose list is made at once; that of more takes long
@@ -286,43 +285,6 @@ def parse_plan(data: bytes) -> str:
     return "\n".join(plan + ["... (cut)"] * is_cut)
 
 
-# ---- the setter's two lines --------------------------------------------------------------------
-
-NOT_A_NAME = re.compile(  # a control character, or the start of another protocol
-    rb".*[\0-\x08\x0b-\x1f\x7f]|.*\bHTTP/[0-9]|\w+ +[/*]|SSH-[0-9]"
-    rb"|220[ -]|(AUTH|EHLO|HELO|PASS|USER) .|CAP (LS|REQ)\b|(?-i:NICK|nick) .",  # not Nick Cave
-    re.IGNORECASE,
-)
-
-
-class Setting(NamedTuple):
-    """A user and the new status, "" to take the message back; or the problem with them."""
-
-    user: str
-    text: str
-    problem: str = ""
-    time: str | None = None  # the words after `user:`, for end_of_message; None without a colon
-
-
-def parse_setting(data: bytes, ended: bool) -> Setting | None:
-    """The setting in the bytes that a client has sent so far, or None if it is incomplete."""
-    first, newline, rest = data.partition(b"\n")
-    second, complete, _ = rest.partition(b"\n")
-    if len(first) + len(second) > MAX_SETTING:
-        return Setting("", "", "too long")
-    if not newline and not ended:
-        return None
-    user, colon, time_words = map(str.strip, clean(first[:MAX_QUERY]).partition(":"))
-    problem = entry_problem(user)
-    if NOT_A_NAME.match(first.strip(b" \t\r")):
-        problem = "the first line belongs to another protocol"
-    if not (complete or ended or problem):
-        return None
-    text = clean(second)
-    problem = problem or (entry_problem(user, text) if rest else "no status line")
-    return Setting(user, text, problem, time_words if colon else None)
-
-
 # ---- times -------------------------------------------------------------------------------------
 
 PERIODS = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}  # in seconds
@@ -391,6 +353,42 @@ def parse_http_time(text: str) -> float:
         return datetime.datetime.strptime(f"{text} +0000", f"{HTTP_TIME} %z").timestamp()
     except ValueError:
         return math.inf
+
+
+# ---- the setter's two lines --------------------------------------------------------------------
+
+NOT_A_NAME = re.compile(  # a control character, or the start of another protocol
+    rb".*[\0-\x08\x0b-\x1f\x7f]|.*\bHTTP/[0-9]|\w+ +[/*]|SSH-[0-9]"
+    rb"|220[ -]|(AUTH|EHLO|HELO|PASS|USER) .|CAP (LS|REQ)\b|(?-i:NICK|nick) .",  # not Nick Cave
+    re.IGNORECASE,
+)
+
+
+class Setting(NamedTuple):
+    """A user and the new status, "" to take the message back; or the problem with them."""
+
+    user: str
+    text: str
+    problem: str = ""
+    until: float | None = None  # when to take it back; None for never
+
+
+def parse_setting(data: bytes, ended: bool, now: float) -> Setting | None:
+    """The setting in the bytes that a client has sent so far, or None if it is incomplete."""
+    first, _, rest = data.partition(b"\n")
+    second, complete, _ = rest.partition(b"\n")
+    if len(first) + len(second) > MAX_SETTING:
+        return Setting("", "", "too long")
+    if not complete and not ended:
+        return None
+    user, colon, words = map(str.strip, clean(first[:MAX_QUERY]).partition(":"))
+    text, until = clean(second), None
+    problem = entry_problem(user, text) if rest else "no status line"
+    if NOT_A_NAME.match(first.strip(b" \t\r")):
+        problem = "the first line belongs to another protocol"
+    elif colon and not problem:
+        until, problem = end_of_message(words, now)
+    return Setting(user, text, problem, until if text else None)
 
 
 # ---- HTTP/1.1 requests (RFC 9112) --------------------------------------------------------------
@@ -699,7 +697,7 @@ def user_url(base: str, user: str) -> str:
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
 # Fault codes, from "Specification for Fault Code Interoperability" (Dan Libby, 2001).
-PARSE_ERROR, UNKNOWN_ENCODING, INVALID_REQUEST = -32700, -32701, -32600
+PARSE_ERROR, UNKNOWN_ENCODING = -32700, -32701
 NO_METHOD, INVALID_PARAMS, DENIED = -32601, -32602, -32500
 # Python remembers each name of an encoding that it looks up, so there must be few.
 XML_ENCODINGS = re.compile(
@@ -731,18 +729,14 @@ def parse_rpc_call(body: bytes, content_type: str = "") -> RpcCall:
     encoding = xml_encoding(body, content_type)
     if not XML_ENCODINGS.fullmatch(encoding):
         return RpcCall(fault=Fault(UNKNOWN_ENCODING, "unsupported encoding"))
-    method = None
     try:
         text = body.decode(encoding)
-        if "<!DOCTYPE" in text:  # it may declare entities, which can expand without bound
-            return RpcCall(fault=Fault(PARSE_ERROR, "a DOCTYPE is not accepted"))
-        params, method = xmlrpc.client.loads(text)
-    except Fault:
-        pass  # a posted <methodResponse> that holds a fault
+        # A DOCTYPE may declare entities, which can expand without bound.
+        params, method = xmlrpc.client.loads("" if "<!DOCTYPE" in text else text)
     except Exception:  # the library lets broken input raise almost anything
-        return RpcCall(fault=Fault(PARSE_ERROR, "not well-formed XML-RPC"))
+        method = None
     if method is None:
-        return RpcCall(fault=Fault(INVALID_REQUEST, "not a method call"))
+        return RpcCall(fault=Fault(PARSE_ERROR, "not a method call in well-formed XML-RPC"))
     return RpcCall(method.strip(), params)
 
 
@@ -1276,17 +1270,13 @@ class Policy(NamedTuple):
 
 
 def finger_listing(now: Snapshot, long: bool) -> str:
-    """Everybody, as much of it as fits into MAX_LISTING characters."""
-    lines: list[str] = []
-    room = MAX_LISTING
-    for user, status in now.users():
+    """The first MAX_LISTED users, and how many more there are."""
+    lines = []
+    for user, status in itertools.islice(now.users(), MAX_LISTED):
         since = f" (since {plain_time(status.since)})" if long else ""
-        line = f"{user}: {status.text}{since}\r\n"
-        room -= len(line)
-        if room < 0:
-            return "".join(lines) + f"... and {now.size() - len(lines)} more\r\n"
-        lines.append(line)
-    return "".join(lines)
+        lines.append(f"{user}: {status.text}{since}\r\n")
+    more = now.size() - len(lines)
+    return "".join(lines) + (f"... and {more} more\r\n" if more else "")
 
 
 def finger_answer(
@@ -1433,7 +1423,7 @@ def list_html(now: Snapshot, policy: Policy) -> str:
     rows = [
         f'<dt><a href="{user_url(policy.public_url, user)}">{html.escape(user)}</a></dt>'
         f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd>\n"
-        for user, (text, since, _) in newest(now, MAX_PAGE_USERS)
+        for user, (text, since, _) in newest(now, MAX_LISTED)
     ]
     main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else NO_STATUS
     more = now.size() - len(rows)
@@ -2401,42 +2391,34 @@ class SetterServer(Server):
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
         """`ERROR` and the reason; or a job that keeps the message and answers `OK`."""
-        setting = parse_setting(received, ended)
+        setting = parse_setting(received, ended, time.time())
         if setting is None:
             return None
 
-        until: float | None = None
-        problem = setting.problem
-        if setting.time is not None and not problem:
-            until, problem = end_of_message(setting.time, time.time())
+        def answer(line: str) -> Reply:
+            log.debug("setter: %s: %a: %a: %s", connection, setting.user, setting.text, line)
+            return Reply([f"{line}\r\n".encode()], len(received), close=True)
 
-        def answer(problem: str) -> Reply:
-            outcome = problem or ascii(setting.text)
-            log.debug("setter: %s: %a: %s", connection, setting.user, outcome)
-            ends = [plain_time(until)] if until and setting.text else []
-            ends += ["fingerd restarts"] if self.site.store.lost_at_restart else []
-            ok = f"OK until {' or '.join(ends)}" if ends else "OK"
-            line = f"ERROR {problem}\r\n" if problem else f"{ok}\r\n"
-            return Reply([line.encode()], len(received), close=True)
-
-        if problem:
-            return answer(problem)
+        if setting.problem:
+            return answer(f"ERROR {setting.problem}")
         server = connection.sock.getsockname()
-        return lambda: answer(self.keep_message(setting, until, connection.address, server))
+        return lambda: answer(self.keep_message(setting, connection.address, server))
 
-    def keep_message(self, setting: Setting, until: float | None, client: Any, server: Any) -> str:
-        """Set the message, and log by whom; returns why it cannot be kept, or ""."""
+    def keep_message(self, setting: Setting, client: Any, server: Any) -> str:
+        """Set the message, and log by whom; returns the answer to the client."""
         account = find_account(client, server)
         by = account or plain_address(client)
         try:
             self.site.refresh()
-            user = self.site.store.set(setting.user, setting.text, by, until)
+            user = self.site.store.set(setting.user, setting.text, by, setting.until)
         except NotKept as problem:
-            return str(problem)
+            return f"ERROR {problem}"
         action = "set" if setting.text else "taken back"
-        end = f" until {plain_time(until)}" if until and setting.text else ""
+        end = f" until {plain_time(setting.until)}" if setting.until else ""
         log.info("setter: %a %s by %s%s", user, action, by, end, extra={"account": account})
-        return ""
+        if self.site.store.lost_at_restart:
+            end = f"{end} or fingerd restarts" if end else " until fingerd restarts"
+        return f"OK{end}"
 
 
 class WebHandler(http.server.BaseHTTPRequestHandler):
@@ -2779,13 +2761,9 @@ class Plans:
         if entry_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
             return ""
         plan: list[str] = []
-
-        def load() -> None:
-            plan.append(self._load(user))
-
         with self._turn:
             if not self._reader.is_alive():
-                self._reader = threading.Thread(target=load, daemon=True)
+                self._reader = threading.Thread(target=self._load, args=(user, plan), daemon=True)
                 with contextlib.suppress(RuntimeError):  # the system has no thread for it
                     self._reader.start()
                     self._reader.join(PLAN_SECONDS)
@@ -2793,8 +2771,8 @@ class Plans:
                     log.warning("plans: the disk does not answer; replies leave the plans out")
         return "".join(plan)
 
-    def _load(self, user: str) -> str:
-        """The text of a plan. A link, a device or another user's file is none."""
+    def _load(self, user: str, plan: list[str]) -> None:
+        """Add the text of the plan to `plan`. A link, a device or another user's file is none."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # to open a FIFO would block
         path, owner = f"{self._place}/{user}", None
         with contextlib.suppress(OSError, KeyError, ValueError):  # ValueError: not in the locale
@@ -2803,13 +2781,12 @@ class Plans:
                 path, owner = f"{account.pw_dir}/.plan", account.pw_uid
                 is_person = owner >= self._first_uid and account.pw_name != "nobody"
                 if not is_person or os.path.lexists(f"{account.pw_dir}/.nofinger"):
-                    return ""
+                    return
             with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
                 found = os.fstat(file.fileno())
                 is_own = found.st_nlink == 1 and owner in (None, found.st_uid)
                 if is_own and stat.S_ISREG(found.st_mode) and found.st_mode & stat.S_IROTH:
-                    return parse_plan(file.read(MAX_PLAN + 1))
-        return ""
+                    plan.append(parse_plan(file.read(MAX_PLAN + 1)))
 
 
 # ---- IRC -------------------------------------------------------------------------------------

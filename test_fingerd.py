@@ -656,6 +656,11 @@ def parse_users(data: bytes) -> fingerd.UsersFile:
     return fingerd.parse_users(fingerd.clean_lines(data), {})
 
 
+def parse_setting(data: bytes, ended: bool) -> Any:
+    """What a client of the setter wants that has sent `data` at the second 1,000,000."""
+    return fingerd.parse_setting(data, ended, 1_000_000.0)
+
+
 def parse_json(data: bytes) -> fingerd.UsersFile:
     """The content of a list in JSON that is read at the second 1,000,000."""
     return fingerd.parse_json_list(data, {}, 1_000_000.0)
@@ -879,18 +884,14 @@ class CodecsTest(Case):
             (b"zo\xc3\xa9\ncaf\xe9\x1b", b"\n", Setting("zo\u00e9", "caf\ufffd")),
             (b"John Doe\n: @ /", b"\n", Setting("John Doe", ": @ /")),
             (b"moshez\n" + b"x" * 1000, b"\n", Setting("moshez", "x" * 1000)),
-            (b"moshez: 2h\nhi", b"\n", Setting("moshez", "hi", "", "2h")),
-            (
-                b" moshez:2026-12-24 14:00 \r\nhi",
-                b"\n",
-                Setting("moshez", "hi", "", "2026-12-24 14:00"),
-            ),
-            (b"moshez:\n ", b"\n", Setting("moshez", "", "", "")),
+            (b"moshez: 2h\nhi", b"\n", Setting("moshez", "hi", "", 1_007_200.0)),
+            (b" moshez:2h \r\nhi", b"\n", Setting("moshez", "hi", "", 1_007_200.0)),
+            (b"moshez: 2h\n ", b"\n", Setting("moshez", "")),
         ]
         for data, end, setting in rows:
             with self.subTest(data):
-                self.assertEqual(fingerd.parse_setting(data, True), setting)
-                self.replay(fingerd.parse_setting, data + end, setting, b"more\nlines")
+                self.assertEqual(parse_setting(data, True), setting)
+                self.replay(parse_setting, data + end, setting, b"more\nlines")
 
     def test_ends_of_messages(self) -> None:
         def seconds(text: str) -> float:
@@ -936,8 +937,8 @@ class CodecsTest(Case):
     def test_settings_that_cannot_be_honoured(self) -> None:
         for data in (b"", b"moshez", b"moshez\n"):
             with self.subTest(data):
-                self.assertIsNone(fingerd.parse_setting(data, False))
-                self.assertTrue(fingerd.parse_setting(data, True).problem)
+                self.assertIsNone(parse_setting(data, False))
+                self.assertTrue(parse_setting(data, True).problem)
         for line in (
             b"",
             b"  ",
@@ -954,13 +955,13 @@ class CodecsTest(Case):
             self.refuses_the_line(line, "name")
         for data in (b"moshez\n" + b"x" * 1001 + b"\n", b"x" * 8193, b"moshez\n" + b"\0" * 8192):
             with self.subTest(data[:20]):
-                self.assertIn("long", fingerd.parse_setting(data, False).problem)
+                self.assertIn("long", parse_setting(data, False).problem)
 
     def refuses_the_line(self, line: bytes, problem: str) -> None:
-        """Checks that the setter refuses a first line before it has seen the second one."""
-        for end in (b"\n", b"\r\n", b"\nhi\n", b"\r\nhi\r\n"):
+        """Checks that the setter refuses a first line."""
+        for end in (b"\nhi\n", b"\r\nhi\r\n"):
             with self.subTest(line + end):
-                found = fingerd.parse_setting(line + end, False).problem
+                found = parse_setting(line + end, False).problem
                 self.assertIn(problem, found)
 
     def test_the_first_line_holds_no_control_character(self) -> None:
@@ -991,7 +992,7 @@ class CodecsTest(Case):
         for line in self.NAMES.strip().replace("\n", "|").split("|"):
             with self.subTest(line):
                 setting = Setting(line.strip().replace("\t", " "), "hi")
-                self.assertEqual(fingerd.parse_setting(f"{line}\nhi\n".encode(), False), setting)
+                self.assertEqual(parse_setting(f"{line}\nhi\n".encode(), False), setting)
 
     HEADS: ClassVar = [  # request heads, and how they differ from a plain GET of /
         (raw("GET / HTTP/1.1", "Host: h"), {}),
@@ -1423,7 +1424,7 @@ class CodecsTest(Case):
         fault += "<member><name>faultString</name><value>x</value></member></struct></value>"
         nested = "<array><data><value>" * 2000 + "</value></data></array>" * 2000
         accent = (call % param % "\u00e9").encode
-        bad, other = fingerd.PARSE_ERROR, fingerd.INVALID_REQUEST
+        bad = fingerd.PARSE_ERROR
         latin = b'<?xml version="1.0" encoding="iso-8859-1"?>' + accent("latin-1")
         rows: list[tuple[bytes, Any]] = [  # a body, and what it calls or the code of its fault
             (xmlrpc.client.dumps(("a", 1, [{}]), "f").encode(), ("f", ("a", 1, [{}]))),
@@ -1446,9 +1447,9 @@ class CodecsTest(Case):
             ((call % param % "<int>x</int>").encode(), bad),
             ((call % param % "<base64>a</base64>").encode(), bad),
             ((call % param % "<boolean>2</boolean>").encode(), bad),
-            (f"<methodResponse>{param % 'x'}</methodResponse>".encode(), other),
-            (f"<methodResponse><fault>{fault}</fault></methodResponse>".encode(), other),
-            (f"<methodCall>{name}<fault>{fault}</fault></methodCall>".encode(), other),
+            (f"<methodResponse>{param % 'x'}</methodResponse>".encode(), bad),
+            (f"<methodResponse><fault>{fault}</fault></methodResponse>".encode(), bad),
+            (f"<methodCall>{name}<fault>{fault}</fault></methodCall>".encode(), bad),
         ]
         for body, wanted in rows:
             with self.subTest(body[:80]):
@@ -2066,9 +2067,7 @@ class FingerTest(SharedCase):
         for query in (b"\n", b"/W\n"):
             answer = ask(server.port, query)
             lines = answer.decode().split("\r\n")
-            self.assertLess(len(answer.decode()), 100_100)
-            self.assertGreater(len(answer.decode()), 99_000)
-            self.assertEqual(lines[-2:], [f"... and {3000 - len(lines) + 2} more", ""])
+            self.assertEqual((len(lines), lines[1000:]), (1002, ["... and 2000 more", ""]))
 
     def test_a_fault_inside_leaks_nothing(self) -> None:
         logged = self.watch_log()
@@ -3115,12 +3114,12 @@ class PlansTest(SharedCase):
                 self.assertEqual(plans.read(path.name), "", path.name)
 
     def test_a_name_that_is_no_file_name_never_reaches_the_file_system(self) -> None:
-        plans = self.reader(_load=mock.Mock(return_value="plan"))
+        plans = self.reader(_load=mock.Mock(side_effect=lambda user, plan: plan.append("plan")))
         for name in ("", ".", "..", "../moshez", "a/b", "/etc/passwd", ".plan", "a:b", "x" * 65):
             self.assertEqual(plans.read(name), "", name)
         plans._load.assert_not_called()
         self.assertEqual(plans.read("Moshez"), "plan")
-        plans._load.assert_called_once_with("moshez")
+        plans._load.assert_called_once_with("moshez", ["plan"])
 
     def account(self, name: str = "moshez", uid: int = 12345, home: Any = None) -> Any:
         """The `--plans home` of a machine with one account, whose plan is there."""
@@ -3180,10 +3179,10 @@ class PlansTest(SharedCase):
         plans = self.reader()
         self.patch(PLAN_SECONDS=0.05)
 
-        def slow(user: str) -> Any:
+        def slow(user: str, plan: list[str]) -> None:
             if user != "guest":
                 disk.wait()
-            return load(plans, user)
+            load(plans, user, plan)
 
         plans._load = slow
         server = self.server(fingerd.FingerServer, make_store(), fingerd.Policy(), plans)
@@ -5227,7 +5226,7 @@ class PrivilegesTest(Case):
         dated = call("getUser", xmlrpc.client.DateTime("20260101T00:00:00"))
         for body, words in (
             (call("system.methodHelp", "getUser"), "<string>The user's status"),
-            (KOI8_CALL, "<string>(&#1084;&#1080;&#1088;|not well-formed XML-RPC)</string>"),
+            (KOI8_CALL, r"<string>(&#1084;&#1080;&#1088;|[\w ]+ well-formed XML-RPC)</string>"),
             (dated, "wrong parameters"),
         ):
             self.assertRegex(service.rpc(body), words)
@@ -5275,8 +5274,8 @@ FORGERIES = [  # and what is logged of them
     ("finger", EVIL + "\r\n", "forged"),
     ("finger", f"x@{EVIL}\r\n", "'x'"),
     ("finger", "ev\x1b[2Jil\u202e\u2028\x9b\u00e9\r\n", "ev.*il"),
-    ("setter", f"{EVIL}\nstatus\n", "control character"),
-    ("setter", f"name{EVIL[:20]}\n{EVIL}\n", "control character"),
+    ("setter", f"{EVIL}\nstatus\n", "another protocol"),
+    ("setter", f"name{EVIL[:20]}\n{EVIL}\n", "another protocol"),
     ("web", f"GET /{QUOTED}?{QUOTED} HTTP/1.1\r\nHost: x\r\n\r\n", "%1B"),
     ("web", f"GET /\x1b[31m\n2026 ERROR forged HTTP/1.1\r\nHost: {EVIL}\r\n\r\n", "400"),
     ("web", f"GET /é\x9b HTTP/1.1\r\nHost: x\r\nX: {EVIL}\r\n\r\n", "400"),
@@ -5625,7 +5624,7 @@ class HostileTest(Case):
         self.assertLess(service.threads(), 30)
 
     def test_slow_reader_is_bounded_in_time(self) -> None:
-        self.patch(SEND_SECONDS=0.2, SLOWEST_READER=1e9, MAX_LISTING=20_000_000)
+        self.patch(SEND_SECONDS=0.2, SLOWEST_READER=1e9, MAX_LISTED=1_000_000)
         server = self.server(fingerd.FingerServer, make_store(CROWDED))
         with slow_reader(server.port, b"\r\n"):
             until(lambda: not server.connections, "still waiting for it")
@@ -5838,7 +5837,7 @@ class FuzzTest(Case):
                 (fingerd.entry_problem(name, status), again.texts), ("", {name: status})
             )
         is_clean(fingerd.parse_finger(data, True).user)
-        user, text, problem, _ = fingerd.parse_setting(data, True)
+        user, text, problem, _ = parse_setting(data, True)
         is_clean(user, text, problem)
         self.assertTrue(problem or not fingerd.entry_problem(user, text))
         request = fingerd.parse_http_request(data)
@@ -5855,7 +5854,7 @@ class FuzzTest(Case):
         self.assertFalse(rpc.fault and rpc.method)
         for parse in (
             lambda data: fingerd.parse_finger(data, False),
-            lambda data: fingerd.parse_setting(data, False),
+            lambda data: parse_setting(data, False),
             self.parse_http,
             lambda data: self.parse_http(top + data),
         ):
