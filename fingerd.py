@@ -582,9 +582,10 @@ dd { border: 0; padding: 0 }
 }
 """
 STYLE_SHA256 = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-CONTENT_SECURITY_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{STYLE_SHA256}'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+PAGE_HEADERS = (
+    "Cache-Control: no-cache\r\nVary: Accept\r\nX-Content-Type-Options: nosniff\r\n"
+    f"Content-Security-Policy: default-src 'none'; style-src 'sha256-{STYLE_SHA256}'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
 )
 HTML_PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -1310,12 +1311,6 @@ def finger_answer(
 # ---- web ---------------------------------------------------------------------------------------
 
 
-PAGE_HEADERS = (
-    "Cache-Control: no-cache\r\nVary: Accept\r\nX-Content-Type-Options: nosniff\r\n"
-    f"Content-Security-Policy: {CONTENT_SECURITY_POLICY}\r\n"
-)
-
-
 class Page(NamedTuple):
     """The part of a response that is the same for every request."""
 
@@ -1387,6 +1382,7 @@ def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> 
             url=user_url(policy.public_url, name),
         )
         for name, (text, since, _) in statuses
+        if text
     ]
     return ATOM_FEED.format(
         id=user_url(policy.feed_root, user),
@@ -1395,17 +1391,6 @@ def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> 
         url=user_url(policy.public_url, user),
         entries="".join(entries),
     )
-
-
-def user_text(name: str, user: str, status: Status, policy: Policy, plan: str) -> str:
-    """The page of one user in the format `name`."""
-    if name == "html":
-        return user_html(user, status, policy, plan)
-    if name == "json":
-        return json_status(user, *status, plan) + "\n"
-    if name == "atom":
-        return atom_feed(user, [(user, status)] if status.text else [], policy)
-    return (status.text or NO_SUCH_USER) + "\n"
 
 
 def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
@@ -1431,15 +1416,18 @@ def list_html(now: Snapshot, policy: Policy) -> str:
     return html_page(title, main, feed)
 
 
-def list_texts(name: str, now: Snapshot, policy: Policy) -> Iterable[str]:
-    """The list of all users in the format `name`, in pieces."""
-    if name == "html":
-        return [list_html(now, policy)]
-    if name == "json":
-        return json_list(json_status(user, *status) for user, status in now.users())
-    if name == "atom":
-        return [atom_feed("", newest(now, MAX_FEED), policy)]
-    return (f"{user}: {status.text}\n" for user, status in now.users())
+USER_PAGES: Mapping[str, Callable[[str, Status, Policy, str], str]] = {
+    "html": user_html,
+    "text": lambda user, status, policy, plan: (status.text or NO_SUCH_USER) + "\n",
+    "json": lambda user, status, policy, plan: json_status(user, *status, plan) + "\n",
+    "atom": lambda user, status, policy, plan: atom_feed(user, [(user, status)], policy),
+}
+LIST_PAGES: Mapping[str, Callable[[Snapshot, Policy], Iterable[str]]] = {  # in pieces
+    "html": lambda now, policy: [list_html(now, policy)],
+    "text": lambda now, policy: (f"{user}: {status.text}\n" for user, status in now.users()),
+    "json": lambda now, policy: json_list(json_status(user, *rest) for user, rest in now.users()),
+    "atom": lambda now, policy: [atom_feed("", newest(now, MAX_FEED), policy)],
+}
 
 
 def conditional_status(headers: Mapping[str, str], page: Page) -> int:
@@ -1505,7 +1493,7 @@ class WebAnswers:
             return error_page(403, "The list of users is private here.")
         version, page = self._lists.get(name, (-1, None))
         if not page or version != now.version:
-            texts = list_texts(name, now, self._policy)
+            texts = LIST_PAGES[name](now, self._policy)
             since = -1 if is_private else now.changed  # which would tell of messages
             page = make_page(200, FORMATS[name][0], texts, since)
             self._lists[name] = now.version, page
@@ -1513,7 +1501,7 @@ class WebAnswers:
 
     def _user(self, name: str, user: str, status: Status, plan: str) -> Page:
         """The page of one user, who may be unknown. With a plan it has no date."""
-        text = user_text(name, user, status, self._policy, plan)
+        text = USER_PAGES[name](user, status, self._policy, plan)
         is_found = status.text or (plan and name in ("html", "json"))
         since = -1 if plan else status.since
         return make_page(200 if is_found else 404, FORMATS[name][0], [text], since)
