@@ -2552,7 +2552,10 @@ class FileSource:
             self._seen = before
             return users._replace(modified=past(self._path.stat().st_mtime, time.time()))
         except (OSError, UsersError) as problem:
-            raise UsersError(f"{self.name}: {getattr(problem, 'strerror', problem)}") from None
+            words = getattr(problem, "strerror", problem)
+            if isinstance(problem, PermissionError):
+                words += f" for {account_name(os.geteuid())} (uid {os.geteuid()}, see --run-as)"
+            raise UsersError(f"{self.name}: {words}") from None
 
 
 def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
@@ -3257,13 +3260,7 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
         drop_privileges(*identity)
-    try:
-        reloader.load()
-    except UsersError as problem:
-        if not isinstance(problem.__context__, PermissionError):
-            raise
-        uid, hint = os.geteuid(), ": see --run-as" if identity else ""
-        raise StartError(f"{problem} for {account_name(uid)} (uid {uid}){hint}") from None
+    reloader.load()
     plans = Plans(options.plans, store) if options.plans else None
     if plans and options.plans != "home" and not os.access(f"{options.plans}/.", os.X_OK):
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")

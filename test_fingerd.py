@@ -3328,7 +3328,7 @@ class CommandLineTest(Case):
         inside.parent.chmod(0)
         self.addCleanup(inside.parent.chmod, 0o700)
         account = pwd.getpwuid(1 if ROOT else os.getuid())
-        hint = rf" for {account.pw_name} \(uid {account.pw_uid}\)" + ": see --run-as" * ROOT
+        hint = rf" for {account.pw_name} \(uid {account.pw_uid}, see --run-as\)"
         for users, problem in (
             (file, f"{file}: Permission denied{hint}"),
             (inside, f"{inside}: Permission denied{hint}"),
