@@ -115,7 +115,6 @@ HEAVY = 1_024  # connections that hold a long request or reply in part; others a
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
 BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
-BACKLOG = 4_096  # connections that the kernel queues for us
 TURNS_SECONDS = 0.1  # between looks for a shutdown, and for connections whose deadline passed
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
 
@@ -2947,16 +2946,18 @@ class LogWriter(logging.Handler):
 DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
 
 
-def listen(name: str, host: str, port: int) -> socket.socket:
-    """A listening socket for the server `name`, without a host for both IPv4 and IPv6."""
+def listen(name: str, address: str) -> socket.socket:
+    """A listening socket for the server `name`: see EPILOG."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or DEFAULT_ADDRESSES[name].rpartition(":")[0]
     both = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, port), family=family, backlog=BACKLOG, dualstack_ipv6=both
-        )
-    except (OSError, OverflowError, UnicodeError) as problem:
-        raise StartError(f"--{name}: {getattr(problem, 'strerror', problem)}") from None
+        place = host, int(port)
+        return socket.create_server(place, family=family, backlog=4_096, dualstack_ipv6=both)
+    except (OSError, OverflowError, ValueError) as problem:
+        words = getattr(problem, "strerror", problem)
+        raise StartError(f"--{name}: cannot listen on {address!a}: {words}") from None
 
 
 def notify_ready() -> None:
@@ -3037,12 +3038,6 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
 # ================================================================================================
 # 6. command line: options, privileges, the start and the end
 # ================================================================================================
-
-
-def address(text: str) -> tuple[str, int] | None:
-    """The host and port of PORT, HOST:PORT or [IPV6]:PORT; None for `off`."""
-    host, _, port = text.rpartition(":")
-    return None if text == "off" else (host.strip("[]"), int(port))
 
 
 def parse_public_url(text: str) -> str:
@@ -3127,7 +3122,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("where to listen").add_argument
     for name, default in DEFAULT_ADDRESSES.items():
         text = f"address of the {name} server (default: {default}); repeatable"
-        add(f"--{name}", metavar="ADDRESS", type=address, action="append", help=text)
+        add(f"--{name}", metavar="ADDRESS", action="append", default=[], help=text)
     add = parser.add_argument_group("what to answer").add_argument
     add("--private", action="store_true", help="refuse listings; answer only for named users")
     text = "a name of this machine, as in `finger user@NAME`; repeatable"
@@ -3145,12 +3140,6 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.interval <= threading.TIMEOUT_MAX:
         parser.error("argument --interval: not above 0, or too long")
-    for name, default in DEFAULT_ADDRESSES.items():
-        addresses = getattr(options, name) or [address(default)]
-        if None in addresses and len(addresses) > 1:
-            parser.error(f"argument --{name}: off together with another address")
-        host = default.rpartition(":")[0]
-        setattr(options, name, [(each[0] or host, each[1]) for each in addresses if each])
     return options
 
 
@@ -3192,12 +3181,13 @@ def bind(options: argparse.Namespace) -> list[tuple[str, socket.socket]]:
     is_ours = os.environ.get("LISTEN_PID") == str(os.getpid())
     names = os.environ.get("LISTEN_FDNAMES", "").split(":") if is_ours else []
     for name in names:
-        if name not in DEFAULT_ADDRESSES or not getattr(options, name):
+        if name not in DEFAULT_ADDRESSES or getattr(options, name) == ["off"]:
             raise StartError(f"LISTEN_FDNAMES: {name!a} is no server, or off: mask its unit")
     listeners = [(name, socket.socket(fileno=number)) for number, name in enumerate(names, 3)]
-    for name in DEFAULT_ADDRESSES:
-        addresses = [] if name in names else getattr(options, name)
-        listeners += [(name, listen(name, *address)) for address in addresses]
+    for name, default in DEFAULT_ADDRESSES.items():
+        addresses = getattr(options, name) or [default]
+        if name not in names and addresses != ["off"]:
+            listeners += [(name, listen(name, address)) for address in addresses]
     for name, listener in listeners:
         host, port = listener.getsockname()[:2]
         log.info("%s listening on %s:%d", name, f"[{host}]" if ":" in host else host, port)
@@ -3239,7 +3229,6 @@ def make_policy(options: argparse.Namespace) -> Policy:
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=options.hostname[0] if options.hostname else public,
-        finger_port=options.finger[0][1] if options.finger else 0,
         public_url=url or "/",
         feed_root=url or Policy().feed_root,
     )
@@ -3266,7 +3255,9 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
     if path:
         restore_messages(store, path, is_default=not options.state)
-    site = Site(store, make_policy(options), plans, reloader.refresh)
+    ports = {name: listener.getsockname()[1] for name, listener in listeners}
+    policy = make_policy(options)._replace(finger_port=ports.get("finger", 0))
+    site = Site(store, policy, plans, reloader.refresh)
     kinds = {kind.name: kind for kind in (FingerServer, SetterServer, WebServer)}
     servers: list[Server] = [kinds[name](listener, site) for name, listener in listeners]
     return store, reloader, servers, bots
@@ -3283,14 +3274,13 @@ def limit_connections(servers: list[Server]) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the service until SIGTERM or SIGINT; a second signal ends the process at once."""
+    """Run the service until SIGTERM or SIGINT."""
     store, reloader, servers, bots = build(options)
     limit_connections(servers)
     loops = [threading.Thread(target=each.run, name=each.name, daemon=True) for each in servers]
     expirer = threading.Thread(target=expire_messages, args=(store, reloader.finished), daemon=True)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads that are started later inherit it
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process, like SIGTERM
     # Beside a busy thread, a loop falls from 7,700 answers/s to 2,100; at Python's 5 ms to 69.
     sys.setswitchinterval(1e-4)
     for thread in (*loops, *bots, reloader, expirer):
@@ -3300,7 +3290,6 @@ def run(options: argparse.Namespace) -> None:
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         reloader.reload()
 
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS - {signal.SIGHUP})
     reloader.cancel()
     for bot in bots:
         bot.stopping.set()
