@@ -2551,9 +2551,9 @@ class FileSource:
             self._seen = before
             return users._replace(modified=past(self._path.stat().st_mtime, time.time()))
         except (OSError, UsersError) as problem:
-            words = getattr(problem, "strerror", problem)
+            words, uid = getattr(problem, "strerror", problem), os.geteuid()
             if isinstance(problem, PermissionError):
-                words += f" for {account_name(os.geteuid())} (uid {os.geteuid()}, see --run-as)"
+                words = f"{words} for {account_name(uid)} (uid {uid}, see --run-as)"
             raise UsersError(f"{self.name}: {words}") from None
 
 
