@@ -126,14 +126,11 @@ LOG_LINES = 1_000  # that wait for stderr; more are dropped
 IRC_TEXT_BYTES = 350  # of a text; a line has 512, with our nick!user@host and the target
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
-IRC_QUERIES = 12  # of a user@host from one keep-alive to the next; more are ignored
-IRC_ASKERS = 1_000  # user@hosts whose queries are counted
+IRC_QUERIES, IRC_ASKERS = 12, 1_000  # of a user@host between keep-alives; user@hosts counted
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
 IRC_CONNECT_SECONDS = 15.0  # for each address, and for the TLS handshake
-IRC_REGISTER_SECONDS = 60.0  # for the registration, SASL included
-IRC_KEEP_ALIVE_SECONDS = 90.0  # between two PINGs, and before a channel is asked for again
+IRC_KEEP_ALIVE_SECONDS = 90.0  # for the registration; between PINGs; before another JOIN
 IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # the back-off, doubled by each failure
-IRC_MANY_FAILURES = 20  # so many failures mean the longest back-off
 
 NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
@@ -788,7 +785,7 @@ def is_person(source: str) -> bool:
 
 def reconnect_delay(attempt: int, jitter: float) -> float:
     """The back-off in seconds after `attempt` failures; `jitter` is a random 0 to 1."""
-    delay = IRC_RETRY_SECONDS * 2.0 ** min(attempt, IRC_MANY_FAILURES)
+    delay = IRC_RETRY_SECONDS * 2.0 ** min(attempt, 20)  # 2.0 ** 1024 is an OverflowError
     return min(IRC_LONGEST_RETRY_SECONDS, delay * (1 + jitter / 2))
 
 
@@ -1619,10 +1616,9 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
 
 class IrcOptions(NamedTuple):
-    """The settings of the bot."""
+    """The settings of the bot, each from the option `irc_` and its name."""
 
-    host: str
-    port: int
+    server: tuple[str, int]  # its host and port; port 0 is the usual one
     tls: bool = True
     nick: str = "fingerbot"
     channels: list[str] = []  # each a name, or a name, a blank and a key
@@ -1640,7 +1636,6 @@ class IrcChannel:
         self.joined = False
         self.due = math.inf  # the time of the next attempt to join
         self.pause = IRC_KEEP_ALIVE_SECONDS  # from that attempt to the one after it
-        self.refusals: set[str] = set()  # the numerics that were logged
 
 
 class IrcSession:
@@ -1651,7 +1646,7 @@ class IrcSession:
     """
 
     def __init__(
-        self, options: IrcOptions, store: StatusStore, nick_tail: str, report: Callable[[str], None]
+        self, options: IrcOptions, store: StatusStore, report: Callable[[str], None]
     ) -> None:
         self.options, self.store, self.report = options, store, report
         self.channels = {c.name.lower(): c for c in map(IrcChannel, options.channels)}
@@ -1662,21 +1657,21 @@ class IrcSession:
         secrets = [options.password, self.payload, *(c.key for c in self.channels.values())]
         self.secrets = sorted({clean(secret) for secret in secrets} - {""}, key=len, reverse=True)
         self.nick = options.nick
-        self.other_nick = options.nick[: 9 - len(nick_tail)] + nick_tail  # RFC 2812, 1.2.1
         self.logged_in = not options.account
         self.registered = False
         self.settled = False  # whether the connection has lasted until a keep-alive
         self.heard = False  # whether the server has sent a line since the last keep-alive
         self.now = 0.0
-        self.due = 0.0  # the time of the next keep-alive; before, the end of the registration
+        self.due = 0.0  # the time of the next keep-alive
         self.version = store.snapshot().version  # that was announced last
         self.askers: collections.Counter[str] = collections.Counter()  # queries of each user@host
+        self.refusals: set[tuple[IrcChannel, str]] = set()  # channels and numerics that were logged
         self.queue: collections.deque[bytes] = collections.deque(maxlen=IRC_QUEUE_LINES)
         self.pace = 0.0  # the time of the next line at a steady pace; a burst may precede it
 
     def begin(self, now: float) -> None:
         """Start the registration."""
-        self.due = now + IRC_REGISTER_SECONDS
+        self.due = now + IRC_KEEP_ALIVE_SECONDS
         if self.options.password and not self.payload:
             self.send("PASS", self.options.password)
         if not self.logged_in:
@@ -1688,12 +1683,9 @@ class IrcSession:
         """Handle a line, which may contain anything."""
         self.now, self.heard = now, True
         line = parse_irc_line(raw)
-        if re.fullmatch("[459][0-9]{2}", line.command):
-            self.note_refusal(line)
         prefix = "on_our_" if self.is_me(line.source.partition("!")[0]) else "on_"
-        handler = getattr(self, prefix + line.command, None)
-        if handler:
-            handler(line)
+        handler = getattr(self, prefix + line.command, self.on_other)
+        handler(line)
 
     def tick(self, now: float) -> None:
         """Do what is due at `now`."""
@@ -1703,15 +1695,14 @@ class IrcSession:
         self.join()
         # While lines wait, changes wait too: later they are one burst, not a longer queue.
         joined = [channel.name for channel in self.channels.values() if channel.joined]
-        if joined and not self.queue:
-            self.announce(joined)
+        changes = self.store.changes_after(self.version)
+        if joined and changes and not self.queue:
+            self.announce(changes, joined)
 
     def keep_alive(self) -> None:
         """Check that the server replies, and ask for our nick again if we have another one."""
-        if not self.registered:
-            raise ConnectionError("the registration takes too long")
-        if not self.heard:
-            raise ConnectionError("the server does not reply")
+        if not self.registered or not self.heard:
+            raise ConnectionError("the server does not register us, or no longer replies")
         self.settled, self.heard = True, False
         self.due = self.now + IRC_KEEP_ALIVE_SECONDS
         self.askers.clear()
@@ -1727,12 +1718,10 @@ class IrcSession:
                 channel.due = self.now + channel.pause
                 channel.pause = min(2 * channel.pause, IRC_LONGEST_RETRY_SECONDS)
 
-    def announce(self, channels: list[str]) -> None:
-        """Tell the channels in a few lines which statuses have changed since the last call."""
-        latest: dict[str, str] = {}
-        for change in self.store.changes_after(self.version):
-            self.version = change.version
-            latest[change.user] = change.text
+    def announce(self, changes: list[Change], channels: list[str]) -> None:
+        """Tell the channels in a few lines which statuses have changed."""
+        self.version = changes[-1].version
+        latest = {change.user: change.text for change in changes}
         lines = [f"{user}: {text}" for user, text in latest.items()]
         if len(lines) > IRC_ANNOUNCED:
             lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
@@ -1759,9 +1748,6 @@ class IrcSession:
 
     def is_me(self, nick: str) -> bool:
         return nick.lower() == self.nick.lower()
-
-    def channel(self, name: str) -> IrcChannel | None:
-        return self.channels.get(name.lower())
 
     def quote(self, *words: str) -> str:
         """The server's words for the log, with *** for our secrets."""
@@ -1794,13 +1780,15 @@ class IrcSession:
         self.send("CAP", "END")
 
     def on_433(self, line: IrcLine) -> None:
-        """The nick is taken or not allowed, perhaps for its length: try the other one."""
+        """The nick is taken or not allowed, perhaps for its length: try another one, once."""
+        other_nick = self.options.nick[:8] + "_"  # RFC 2812, 1.2.1: servers allow 9 characters
         if self.registered:
-            return
-        if self.nick == self.other_nick:
+            self.on_other(line)
+        elif self.nick == other_nick:
             raise ConnectionError("the server accepts none of our nicks")
-        self.nick = self.other_nick
-        self.send("NICK", self.nick)
+        else:
+            self.nick = other_nick
+            self.send("NICK", self.nick)
 
     on_432 = on_436 = on_437 = on_433
 
@@ -1808,7 +1796,6 @@ class IrcSession:
         if not self.logged_in:
             raise ConnectionError("the server has no SASL")
         self.registered, self.nick = True, line.param(0)
-        self.due = self.now + IRC_KEEP_ALIVE_SECONDS
         self.report(f"registered as {self.quote(self.nick)}")
         self.send("CAP", "REQ", "message-tags")  # one of them marks bots
         for channel in self.channels.values():  # a bouncer may have connected to its server again
@@ -1819,40 +1806,33 @@ class IrcSession:
         self.nick = line.param(0)
 
     def on_our_JOIN(self, line: IrcLine) -> None:
-        channel = self.channel(line.param(0))
+        channel = self.channels.get(line.param(0).lower())
         if channel:
             channel.joined, channel.pause = True, IRC_KEEP_ALIVE_SECONDS
-            channel.refusals.clear()
             self.report(f"joined {channel.name}")
+        else:
+            self.send("PART", line.param(0))
+            self.report(f"leaving {self.quote(line.param(0))}, which is not one of our channels")
 
-    def note_refusal(self, line: IrcLine) -> None:
+    def on_other(self, line: IrcLine) -> None:
         """Log the first error of each kind about one of our channels; `join` will try again."""
-        channel = self.channel(line.param(1))
-        if channel and line.command not in channel.refusals:
-            channel.refusals.add(line.command)
-            reason = self.quote(*line.params[2:])
-            self.report(f"{channel.name} refuses us ({line.command}): {reason}")
-
-    def on_470(self, line: IrcLine) -> None:
-        """Leave the channel that the server forwards us to: the last one that it names."""
-        named = re.findall(r"#\S+", " ".join(line.params))
-        if named and not self.channel(named[-1]):
-            self.send("PART", named[-1])
-            self.report(f"forwarded to {self.quote(named[-1])}; leaving it")
+        channel, kind = self.channels.get(line.param(1).lower()), line.command
+        if channel and re.fullmatch("[459]..", kind) and (channel, kind) not in self.refusals:
+            self.refusals.add((channel, kind))
+            self.report(f"{channel.name} refuses us ({kind}): {self.quote(*line.params[2:])}")
 
     def on_KICK(self, line: IrcLine) -> None:
         """We are out: by PART for a while, by KICK until an INVITE or the next connection."""
-        channel, kicked = self.channel(line.param(0)), line.command == "KICK"
+        channel, kicked = self.channels.get(line.param(0).lower()), line.command == "KICK"
         if channel and (self.is_me(line.param(1)) or not kicked):
             channel.joined = False
             channel.due = math.inf if kicked else self.now + IRC_KEEP_ALIVE_SECONDS
-            words = self.quote(line.source, line.command, *line.params)
-            self.report(f"out of {channel.name}: {words}")
+            self.report(self.quote("out of a channel:", line.source, line.command, *line.params))
 
     on_our_PART = on_our_KICK = on_KICK
 
     def on_INVITE(self, line: IrcLine) -> None:
-        channel = self.channel(line.param(1))
+        channel = self.channels.get(line.param(1).lower())
         if channel and self.is_me(line.param(0)) and self.within_limit(line):
             channel.due = self.now
 
@@ -1861,7 +1841,7 @@ class IrcSession:
         target, text = line.param(0), line.param(1)
         private = self.is_me(target)
         is_bot = re.search(r"(^|[;/])bot(=|;|$)", line.tags)
-        if is_bot or not is_person(line.source) or not (private or self.channel(target)):
+        if is_bot or not is_person(line.source) or not (private or target.lower() in self.channels):
             return
         reply = self.finger_reply(text, private)
         if reply and self.within_limit(line):
@@ -1869,18 +1849,14 @@ class IrcSession:
 
     def finger_reply(self, text: str, private: bool) -> str:
         """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
-        name = clean(text)
-        head, _, rest = name.partition(" ")
-        if head == "!finger" or (head.endswith((":", ",")) and self.is_me(head[:-1])):
-            name = rest.strip()
-        elif not private:
-            return ""
-        # Not queries: an empty line, the reply of another fingerd, CTCP, and what ZNC plays back.
-        if name in ("", NO_SUCH_USER) or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
+        call = rf"(?:!finger |{re.escape(self.nick)}[:,] )" + ("?" if private else "")
+        query = re.fullmatch(f"{call} *(.+)", clean(text), re.IGNORECASE)
+        # Not queries: the reply of another fingerd, CTCP, and what ZNC plays back.
+        if not query or query[1] == NO_SUCH_USER or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
             return ""
         now = self.store.snapshot()
-        user = now.find(name)
-        return f"{user or name[:MAX_NAME]}: {now.text(user) or NO_SUCH_USER}"
+        user = now.find(query[1])
+        return f"{user or query[1][:MAX_NAME]}: {now.text(user) or NO_SUCH_USER}"
 
     def within_limit(self, line: IrcLine) -> bool:
         """Count a query; False for one too many since the last keep-alive."""
@@ -2797,8 +2773,7 @@ def irc_tls(options: IrcOptions) -> ssl.SSLContext:
         try:
             context.load_cert_chain(options.certificate, password="")  # so that nobody is asked
         except (OSError, ValueError) as problem:
-            wanted = "not a PEM file with a certificate and its key, without a password"
-            raise StartError(f"--irc-certificate: {wanted}: {problem}") from None
+            raise StartError(f"--irc-certificate: not a PEM file with a key: {problem}") from None
     return context
 
 
@@ -2813,37 +2788,30 @@ class IrcBot(threading.Thread):
 
     def run(self) -> None:
         """Connect again and again. The back-off grows until a connection has settled."""
-        report = functools.partial(log.info, "IRC: %s")
         failures, delay = 0, 0.0
         while not self.stopping.wait(delay):
-            session = IrcSession(self.options, self.store, os.urandom(2).hex(), report)
+            session = IrcSession(self.options, self.store, functools.partial(log.info, "IRC: %s"))
             try:
                 with self.connect() as sock:
                     self.serve(sock, session)
-                return
-            except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
-                problem = str(error)
-            except Exception:  # a fault of ours must not end the bot
-                log.exception("IRC: %s", INTERNAL_ERROR)
-                problem = INTERNAL_ERROR
-            failures = 0 if session.settled else failures + 1
-            delay = reconnect_delay(failures, os.urandom(1)[0] / 255)
-            if not self.stopping.is_set():
-                host = self.options.host
-                log.warning("IRC: %s: %s; next attempt in %.0f s", host, problem, delay)
+            except Exception as problem:  # a fault of ours must not end the bot
+                failures = 0 if session.settled else failures + 1
+                delay = reconnect_delay(failures, os.urandom(1)[0] / 255)
+                is_fault = not isinstance(problem, (OSError, UnicodeError))
+                log.warning("IRC: %s; next attempt in %.0f s", problem, delay, exc_info=is_fault)
 
     def connect(self) -> socket.socket:
         """A connection, with TLS if that is wanted, to the first address that accepts one."""
-        address = self.options.host, self.options.port
+        host, port = self.options.server
+        address = host, port or (6697 if self.tls else 6667)
         plain = socket.create_connection(address, IRC_CONNECT_SECONDS)
         if not self.tls:
             return plain
         try:
             with plain:  # wrap_socket detaches it, or it is of no more use
-                sock = self.tls.wrap_socket(plain, server_hostname=self.options.host)
-        except OSError as problem:
-            hint = "see --irc-fingerprint and --irc-plaintext"
-            raise ConnectionError(f"no TLS: {problem} ({hint})") from None
+                sock = self.tls.wrap_socket(plain, server_hostname=host)
+        except OSError as error:
+            raise ConnectionError(f"TLS: {error}; see --irc-plaintext, --irc-fingerprint") from None
         digest = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
         if self.options.fingerprint not in ("", digest):
             sock.close()
@@ -3048,7 +3016,7 @@ def parse_public_url(text: str) -> str:
 
 
 def irc_server(text: str) -> tuple[str, int]:
-    """The host and port of HOST, HOST:PORT or [IPV6]:PORT; port 0 stands for the default."""
+    """The host and port of HOST, HOST:PORT or [IPV6]:PORT; without a port, 0."""
     parts = urllib.parse.urlsplit(f"//{text}")
     return parts.hostname or text, parts.port or 0
 
@@ -3057,13 +3025,15 @@ def add_irc_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the bot."""
     add = parser.add_argument_group("IRC").add_argument
     text = "reply on this IRC server (default: on none)"
-    add("--irc", metavar="HOST[:PORT]", type=irc_server, help=text)
-    add("--irc-plaintext", action="store_true", help="no TLS; port 6667 instead of 6697")
+    add("--irc", dest="irc_server", metavar="HOST[:PORT]", type=irc_server, help=text)
+    text = "no TLS; port 6667 instead of 6697"
+    add("--irc-plaintext", dest="irc_tls", action="store_false", help=text)
     text = "trust only the server certificate with this digest"
     add("--irc-fingerprint", metavar="SHA256", default="", help=text)
     add("--irc-nick", metavar="NICK", default="fingerbot", help="(default: fingerbot)")
     text = "join this channel and announce changes there; repeatable"
-    add("--irc-channel", metavar="'#NAME [KEY]'", action="append", default=[], help=text)
+    name = "'#NAME [KEY]'"
+    add("--irc-channel", dest="irc_channels", metavar=name, action="append", default=[], help=text)
     add("--irc-account", metavar="NAME", default="", help="log in with SASL")
     text = "PEM file with a certificate and key to log in with, instead of a password"
     add("--irc-certificate", metavar="FILE", default="", help=text)
@@ -3073,33 +3043,22 @@ def add_irc_options(parser: argparse.ArgumentParser) -> None:
 
 def irc_options(options: argparse.Namespace) -> IrcOptions:
     """The settings of the bot; StartError for a wrong option."""
-    if not all(re.fullmatch("[#&+!][^ ,]+( [^ ,]+)?", each) for each in options.irc_channel):
-        raise StartError("--irc-channel: not '#NAME' or '#NAME KEY'")
-    fingerprint = options.irc_fingerprint.replace(":", "").lower()
-    if not re.fullmatch("|[0-9a-f]{64}", fingerprint):
-        raise StartError("--irc-fingerprint: not a SHA-256 in hexadecimal")
-    needs_tls = options.irc_account or options.irc_certificate or fingerprint
-    if options.irc_plaintext and needs_tls:
-        raise StartError("--irc-plaintext: an account, a certificate or a fingerprint needs TLS")
-    password = os.environ.get("FINGERD_IRC_PASSWORD", "")
+    options.irc_fingerprint = options.irc_fingerprint.replace(":", "").lower()
+    options.irc_password = os.environ.get("FINGERD_IRC_PASSWORD", "")
     if options.irc_password_file:
         try:
             text = pathlib.Path(options.irc_password_file).read_text("utf-8", "replace")
         except OSError as problem:
             raise StartError(f"--irc-password-file: {problem}") from None
-        password = text.partition("\n")[0]
-    host, port = options.irc
-    return IrcOptions(
-        host=host,
-        port=port or (6667 if options.irc_plaintext else 6697),
-        tls=not options.irc_plaintext,
-        nick=options.irc_nick,
-        channels=options.irc_channel,
-        account=options.irc_account,
-        password=password,
-        certificate=options.irc_certificate,
-        fingerprint=fingerprint,
-    )
+        options.irc_password = text.partition("\n")[0]
+    irc = IrcOptions(*(getattr(options, f"irc_{name}") for name in IrcOptions._fields))
+    if not all(re.fullmatch("[#&+!][^ ,]+( [^ ,]+)?", channel) for channel in irc.channels):
+        raise StartError("--irc-channel: not '#NAME' or '#NAME KEY'")
+    if not re.fullmatch("|[0-9a-f]{64}", irc.fingerprint):
+        raise StartError("--irc-fingerprint: not a SHA-256 in hexadecimal")
+    if not irc.tls and (irc.account or irc.certificate or irc.fingerprint):
+        raise StartError("--irc-plaintext: an account, a certificate or a fingerprint needs TLS")
+    return irc
 
 
 EPILOG = """
@@ -3245,7 +3204,7 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
     identity = find_identity(run_as) if run_as else None
     listeners = bind(options)
     path, store = state_path(options, identity), StatusStore()
-    bots = [IrcBot(irc_options(options), store)] if options.irc else []
+    bots = [IrcBot(irc_options(options), store)] if options.irc_server else []
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
         drop_privileges(*identity)
