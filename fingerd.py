@@ -835,17 +835,22 @@ class NotKept(Exception):
     """A message could not be kept, and nothing changed; the text says why in plain words."""
 
 
-def sorted_in_slices(names: list[str], key: Callable[[str], str] = str) -> list[str]:
-    """`names` in the order of `key`; in slices, as one sort of a million stops every thread."""
+def sorted_in_slices(names: list[str]) -> list[str]:
+    """`names` in order; sorted in slices, as one sort of a million stops every thread."""
     size = 20_000
-    slices = [sorted(names[at : at + size], key=key) for at in range(0, len(names), size)]
-    in_order = all(key(left[-1]) < key(right[0]) for left, right in zip(slices, slices[1:]))
-    return list(itertools.chain(*slices) if in_order else heapq.merge(*slices, key=key))
+    slices = [sorted(names[at : at + size]) for at in range(0, len(names), size)]
+    in_order = all(left[-1] < right[0] for left, right in zip(slices, slices[1:]))
+    return list(itertools.chain(*slices) if in_order else heapq.merge(*slices))
 
 
-def cased(names: Iterable[str]) -> list[str]:
-    """The names that casefold() changes, sorted by its result."""
-    return sorted_in_slices([name for name in names if name.casefold() != name], str.casefold)
+def cased(names: Iterable[str]) -> dict[str, str]:
+    """The names that casefold() changes, by its result; "" where two have the same."""
+    found: dict[str, str] = {}
+    for name in names:
+        folded = name.casefold()
+        if folded != name:
+            found[folded] = "" if folded in found else name
+    return found
 
 
 class Snapshot(NamedTuple):
@@ -864,46 +869,29 @@ class Snapshot(NamedTuple):
     messages: dict[str, Message] = {}  # all of them, hidden ones included
     names: list[str] = []  # the users with a text in the file, sorted
     others: list[str] = []  # the users with a message alone, sorted
-    # The names in the file, and those in `others`, that casefold() changes; sorted by its result.
-    file_cased: list[str] = []
-    others_cased: list[str] = []
+    file_cased: dict[str, str] = {}  # the names in `file` that are not in lower case
+    others_cased: dict[str, str] = {}  # those in `others`
 
-    def text(self, user: str) -> str:
-        """The user's text, "" for an unknown user and for one without a status."""
-        line, message = self.file.get(user), self.messages.get(user)
-        return message.text if message and message.covers == line else line or ""
-
-    def get(self, user: str) -> Status | None:
-        """The user's status, or None if there is none."""
+    def get(self, user: str) -> Status:
+        """The user's status; its text is "" if there is none."""
         line, message = self.file.get(user), self.messages.get(user)
         if message and message.covers == line:
             return Status(message.text, message.since, message.until)
-        since = self.dates.get(user, self.loaded)
-        return Status(line, since, self.ends.get(user)) if line else None
+        return Status(line or "", self.dates.get(user, self.loaded), self.ends.get(user))
 
     def find(self, name: str) -> str:
         """The user called `name`, else the only one who is called so but for case, else ""."""
-        if name in self.file or self.text(name):
+        if name in self.file or self.get(name).text:
             return name
         folded = name.casefold()
-        found = {folded} if folded in self.file or self.text(folded) else set()
-        for names in (self.file_cased, self.others_cased):
-            low, high = 0, len(names)
-            while low < high:
-                middle = (low + high) // 2
-                if names[middle].casefold() < folded:
-                    low = middle + 1
-                else:
-                    high = middle
-            found.update(each for each in names[low : low + 2] if each.casefold() == folded)
+        found = {each[folded] for each in (self.file_cased, self.others_cased) if folded in each}
+        if folded in self.file or self.get(folded).text:
+            found.add(folded)
         return found.pop() if len(found) == 1 else ""
 
     def users(self) -> Iterator[tuple[str, Status]]:
         """Everybody who has a status, sorted by name."""
-        for name in heapq.merge(self.names, self.others):
-            status = self.get(name)
-            if status:
-                yield name, status
+        return ((name, self.get(name)) for name in heapq.merge(self.names, self.others))
 
     def size(self) -> int:
         """How many users have a status."""
@@ -930,7 +918,7 @@ class Snapshot(NamedTuple):
             and (message.until is None or message.until > now)
         }
         new = self._replace(messages=messages)
-        others = [user for user in messages if not self.file.get(user) and new.text(user)]
+        others = [user for user in messages if not self.file.get(user) and new.get(user).text]
         return new._replace(others=sorted_in_slices(others), others_cased=cased(others))
 
 
@@ -1203,7 +1191,7 @@ class StatusStore:
                 continue
             accepted[outcome] = user
         users, new = accepted.values(), old._replace(messages=messages)
-        if not all(old.text(user) and new.text(user) for user in users):
+        if not all(old.get(user).text and new.get(user).text for user in users):
             new = new.settled(when)  # somebody came or went
         is_kept = self._publish(new, when, users, only_if_kept=True)
         for outcome, user in accepted.items():
@@ -1233,8 +1221,8 @@ class StatusStore:
             if only_if_kept:
                 return False
         for user in changed:
-            text = new.text(user)
-            if text and text != old.text(user):
+            text = new.get(user).text
+            if text and text != old.get(user).text:
                 version += 1
                 self._changes.append(Change(version, user, text))
         self._now = new._replace(version=version, changed=when)
@@ -1295,8 +1283,8 @@ def finger_answer(
         return denied if policy.private else finger_listing(now, query.long)
     user = now.find(query.user)
     status = now.get(user)
-    answer = status.text if status else ""
-    if status and query.long:
+    answer = status.text
+    if query.long and answer:
         answer = f"Login: {user}\nStatus: {status.text}\nSince: {plain_time(status.since)}"
         answer += f"\nUntil: {plain_time(status.until)}" if status.until else ""
     if plan:
@@ -1478,7 +1466,7 @@ class WebAnswers:
         if request.path == "/":
             return self._list(name, now)
         user = now.find(request.user)
-        status = now.get(user) or Status("", -1.0)
+        status = now.get(user)
         make = self._user if plan else self._remembered
         return make(name, user or request.user[:MAX_NAME], status, plan)
 
@@ -1499,7 +1487,7 @@ class WebAnswers:
         """The page of one user, who may be unknown. With a plan it has no date."""
         text = USER_PAGES[name](user, status, self._policy, plan)
         is_found = status.text or (plan and name in ("html", "json"))
-        since = -1 if plan else status.since
+        since = status.since if status.text and not plan else -1
         return make_page(200 if is_found else 404, FORMATS[name][0], [text], since)
 
     def response(self, request: HttpRequest, page: Page, now: float) -> list[bytes]:
@@ -1584,7 +1572,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         now = self._store.snapshot()
         user = now.find(clean(name))
         status = now.get(user)
-        if status is None:
+        if not status.text:
             raise Fault(DENIED, NO_SUCH_USER)
         times = {"since": status.since, "until": status.until}
         return {"user": user, "status": status.text, **{k: utc(t) for k, t in times.items() if t}}
@@ -1592,7 +1580,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
     def getUser(self, name: Any) -> Any:
         """The user's status, or "No such user"."""
         now = self._store.snapshot()
-        return now.text(now.find(clean(name))) or NO_SUCH_USER
+        return now.get(now.find(clean(name))).text or NO_SUCH_USER
 
     def listUsers(self) -> Any:
         """The users and their statuses; at most 10,000 of them."""
@@ -1856,7 +1844,7 @@ class IrcSession:
             return ""
         now = self.store.snapshot()
         user = now.find(query[1])
-        return f"{user or query[1][:MAX_NAME]}: {now.text(user) or NO_SUCH_USER}"
+        return f"{user or query[1][:MAX_NAME]}: {now.get(user).text or NO_SUCH_USER}"
 
     def within_limit(self, line: IrcLine) -> bool:
         """Count a query; False for one too many since the last keep-alive."""

@@ -1488,9 +1488,8 @@ class StoreTest(Case):
         self.assertEqual(list(texts_of(self.store)), ["amy", "moshez", "mute", "shawn", "zed"])
         self.assertEqual(self.store.snapshot().size(), 5)
         self.store.set("mute", "")
-        self.assertEqual(
-            (self.store.snapshot().get("mute"), self.store.snapshot().get("nobody")), (None, None)
-        )
+        now = self.store.snapshot()
+        self.assertEqual((now.get("mute").text, now.get("nobody").text), ("", ""))
         self.assertNotIn("mute", texts_of(self.store))
 
     def test_the_most_recent_change_wins(self) -> None:
@@ -1517,8 +1516,7 @@ class StoreTest(Case):
                         store.set("moshez", event)
                     else:
                         store.replace_file(fingerd.UsersFile(dict(event), []), when)
-                status = store.snapshot().get("moshez")
-                self.assertEqual(status and status.text, shown.get("moshez"))
+                self.assertEqual(store.snapshot().get("moshez").text, shown.get("moshez", ""))
                 self.assertEqual(texts_of(store), shown)
 
     def test_since_is_when_the_text_became_visible(self) -> None:
