@@ -66,6 +66,11 @@ from concurrent.futures import Future
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 from xmlrpc.client import Fault
 
+try:
+    import sqlite3
+except ImportError:  # not every Python has it
+    sqlite3 = None  # type: ignore[assignment]
+
 __version__ = "1.0"
 
 # ---- limits: all figures that somebody may want to look up or to change ------------------------
@@ -802,11 +807,6 @@ class Status(NamedTuple):
     until: float | None = None
 
 
-def past(when: float, now: float) -> float:
-    """The time nearest to `when` from 1970 to `now`: a clock may have been wrong."""
-    return min(max(0.0, when), now)
-
-
 class Message(NamedTuple):
     """A status that was set. It is shown while the users file says the same about the user."""
 
@@ -815,20 +815,6 @@ class Message(NamedTuple):
     covers: str | None  # the text in the file when it was set, None if the user was not there
     by: str  # the address or account that set it
     until: float | None = None  # when it is taken back; None for never
-
-    def cleaned(self, now: float) -> Message:
-        """The message as this version would take it in at the time `now`."""
-        text, covers = clean(self.text), self.covers and clean(str(self.covers))
-        until = None if self.until is None else min(max(0.0, self.until), now + MAX_AHEAD)
-        return self._replace(text=text, covers=covers, since=past(self.since, now), until=until)
-
-
-class Change(NamedTuple):
-    """A status that became visible as the store's version rose to `version`."""
-
-    version: int
-    user: str
-    text: str
 
 
 class NotKept(Exception):
@@ -902,10 +888,6 @@ class Snapshot(NamedTuple):
         text = self.file.get(user)
         return (text, self.dates.get(user, self.loaded)) if text else None
 
-    def known(self) -> set[str]:
-        """The users that the file names, and those with a message."""
-        return {*self.file, *self.messages}
-
     def settled(self, now: float) -> Snapshot:
         """The snapshot without the messages that are over, and with the `others` that follow.
 
@@ -917,9 +899,10 @@ class Snapshot(NamedTuple):
             if self.file.get(user, message.covers) == message.covers
             and (message.until is None or message.until > now)
         }
-        new = self._replace(messages=messages)
-        others = [user for user in messages if not self.file.get(user) and new.get(user).text]
-        return new._replace(others=sorted_in_slices(others), others_cased=cased(others))
+        others = sorted_in_slices(
+            [u for u, m in messages.items() if not m.covers and m.covers == self.file.get(u)]
+        )
+        return self._replace(messages=messages, others=others, others_cased=cased(others))
 
 
 class StateFile:
@@ -948,45 +931,47 @@ class StateFile:
         ) WITHOUT ROWID;
     """
 
+    UPGRADE = """
+        ALTER TABLE messages ADD COLUMN until REAL;
+        UPDATE OR REPLACE messages
+            SET user = clean(user), text = clean(text), covers = clean(covers);
+    """  # from version 1, which did not compose characters
+
     def __init__(self, path: pathlib.Path) -> None:
         """Open the file, or make it, and read it; NotKept if that is not possible."""
-        self._path = path
-        self._errors: tuple[type[Exception], ...] = (OSError,)
-        self._out_of_step = False  # whether the file may hold something else than `kept`
-        self._changed: set[str] = set()  # users whose rows may differ from what is to be kept
+        self._path, self._opened = path, contextlib.ExitStack()
+        self.close = self._opened.close  # after which the file needs no log beside it
+        if not sqlite3:
+            raise NotKept(f"{path}: this Python has no sqlite3")
         try:
-            import sqlite3  # slow to import, and not every Python has it
-
-            self._errors, self._connect = (OSError, sqlite3.Error), sqlite3.connect
-            self.kept = self._open()
-        except ImportError:
-            raise NotKept(f"{path}: this Python has no sqlite3") from None
-        except BlockingIOError:
-            raise NotKept(f"{path}: another fingerd is using it") from None
-        except self._errors as problem:
+            self._open()
+        except (OSError, sqlite3.Error) as problem:
+            self.close()
             words = getattr(problem, "strerror", None) or problem
-            raise NotKept(f"{path}: {words}") from None
+            remedy = f"repair it, move it away, or give it and its directory to uid {os.geteuid()}"
+            if isinstance(problem, BlockingIOError):
+                words, remedy = "another fingerd is using it", "stop that one"
+            raise NotKept(f"{path}: {words}; {remedy} (see --state)") from None
 
-    def _open(self) -> Snapshot:
-        """Lock and open the file, and return what it holds."""
+    def _open(self) -> None:
+        """Lock, open and read the file; OSError if it is foreign, and left alone."""
+        self.close()
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        with contextlib.ExitStack() as opened:
-            os.close(os.open(self._path, flags, 0o600))  # SQLite would let others read it
-            # A lock on the database itself would be lost whenever SQLite closes a descriptor.
-            lock = os.open(f"{self._path}-lock", flags, 0o600)
-            opened.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._db = self._connect(
-                self._path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            opened.callback(self._db.close)
-            found = self._read()
-            self._seen = os.lstat(self._path)
-            self._opened = opened.pop_all()
-            return found
+        os.close(os.open(self._path, flags, 0o600))  # SQLite would let others read it
+        # A lock on the database itself would be lost whenever SQLite closes a descriptor.
+        lock = os.open(f"{self._path}-lock", flags, 0o600)
+        self._opened.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._db = sqlite3.connect(
+            self._path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        self._opened.callback(self._db.close)
+        self._prepare()
+        self.kept = self._read()
+        self._seen, self._is_in_step = os.lstat(self._path), True
 
-    def _read(self) -> Snapshot:
-        """Make a new database ours, and read it; OSError if it is foreign, and left alone."""
+    def _prepare(self) -> None:
+        """Make a new database ours, and check it; OSError if it cannot be used."""
         (application,) = self._db.execute("PRAGMA application_id").fetchone()
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         tables = self._db.execute("SELECT name FROM sqlite_master").fetchall()
@@ -998,79 +983,77 @@ class StateFile:
         self._db.execute("PRAGMA synchronous = FULL")
         # Each commit goes on into the database, so that nothing is lost with the log beside it.
         self._db.execute("PRAGMA wal_autocheckpoint = 1")
-        upgrade = "ALTER TABLE messages ADD COLUMN until REAL;" if version == 1 else ""
+        self._db.create_function("clean", 1, lambda text: text and clean(text))
+        upgrade = self.UPGRADE if version == 1 else ""
         self._db.executescript(f"BEGIN IMMEDIATE; {upgrade} {self.SCHEMA} COMMIT")
         (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise OSError("damaged: " + verdict.splitlines()[-1])
+
+    def _read(self) -> Snapshot:
+        """What the file holds, without messages that are over; a clock may have been wrong."""
+        now = time.time()
+        self._db.execute("DELETE FROM messages WHERE until <= ?", (now,))
         messages = self._db.execute(
-            "SELECT user, text, CAST(since AS REAL), covers, set_by, CAST(until AS REAL)"
-            " FROM messages"
+            "SELECT user, text, max(0.0, min(since, ?)), covers, set_by, min(until, ?)"
+            " FROM messages",
+            (now, now + MAX_AHEAD),
         )
-        lines = self._db.execute("SELECT user, text, CAST(since AS REAL) FROM lines").fetchall()
+        query = "SELECT user, text, max(0.0, min(since, ?)) FROM lines"
+        lines = self._db.execute(query, (now,)).fetchall()
         return Snapshot(
             file={user: text for user, text, _ in lines},
             dates={user: since for user, _, since in lines},
-            messages={str(user): Message(str(text), *more) for user, text, *more in messages},
+            messages={user: Message(*more) for user, *more in messages},
         )
 
-    def write(self, new: Snapshot, users: Iterable[str] = ()) -> None:
+    def write(self, new: Snapshot) -> None:
         """Put the messages and, unless they are too many, the lines of `new` on disk.
 
-        `users` are those that changed, if that is known. NotKept says why `new` is not kept; the
-        file holds what it held before, then.
+        After NotKept, the file may hold parts of `new`. The next call makes up for it.
         """
         wanted = new if len(new.file) <= MAX_DATED else Snapshot(messages=new.messages)
-        self._changed.update(users or self.kept.known() | wanted.known())
         try:
-            self._put_right()
-            self._commit(self.kept, wanted, self._changed)
-        except self._errors as problem:
-            with contextlib.suppress(*self._errors):
-                self._put_right()  # the next start must not find parts of the commit in the log
+            self._reopen()
+            self._commit(self.kept, wanted)
+            self._seen = os.lstat(self._path)
+        except (OSError, sqlite3.Error) as problem:
+            self._is_in_step = False
             raise NotKept(f"could not be kept: {problem}") from None
         self.kept = wanted
-        self._changed.clear()
 
-    def _put_right(self) -> None:
-        """Open the file again if it was replaced or is out of step, and make it hold `kept`."""
+    def _reopen(self) -> None:
+        """Open the file again if a write failed, or if it was removed, replaced or cut off."""
         is_same = False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             found, seen = os.lstat(self._path), self._seen
             is_same = os.path.samestat(found, seen) and found.st_size >= seen.st_size
-        if is_same and not self._out_of_step:
-            self._seen = found
+        if is_same and self._is_in_step:
             return
-        self._out_of_step = True
-        self._opened.close()
+        self.close()
         for log_of_another in () if is_same else ("-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self._path}{log_of_another}")
-        there = self._open()
-        self._commit(there, self.kept, there.known() | self.kept.known())
-        log.warning("%s: opened again, and put right", self._path)
+            pathlib.Path(f"{self._path}{log_of_another}").unlink(missing_ok=True)
+        self._open()
+        log.warning("%s: opened again, to be put right", self._path)
 
-    def _commit(self, old: Snapshot, new: Snapshot, users: Iterable[str]) -> None:
-        """Turn the rows of `users` from those of `old` into those of `new`, in one transaction."""
-        self._db.execute("BEGIN IMMEDIATE")  # fails while another program writes
-        self._out_of_step = True
-        for user in users:
-            for table, before, after in (
-                ("messages", old.messages.get(user), new.messages.get(user)),
-                ("lines", old.line(user), new.line(user)),
-            ):
-                if before == after:
-                    continue
-                self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
-                if after:
-                    places = ", ?" * len(after)
-                    self._db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *after))
-        self._db.execute("COMMIT")
-        self._out_of_step = False
+    def _commit(self, old: Snapshot, new: Snapshot) -> None:
+        """Turn the rows of `old` into those of `new`, in one transaction."""
+        users = {*old.messages, *new.messages}
+        if new.file is not old.file:
+            users.update(old.file, new.file)
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")  # fails while another program writes
+            for user in users:
+                self._replace("messages", user, old.messages.get(user), new.messages.get(user))
+                self._replace("lines", user, old.line(user), new.line(user))
 
-    def close(self) -> None:
-        """Close the file; it needs no log beside it then."""
-        self._opened.close()
+    def _replace(self, table: str, user: str, old: Any, new: Any) -> None:
+        """Put the row `new` in the place of `old`; None is no row."""
+        if new != old:
+            self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
+        if new and new != old:
+            places = ", ?" * len(new)
+            self._db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *new))
 
 
 class StatusStore:
@@ -1084,10 +1067,11 @@ class StatusStore:
 
     def __init__(self) -> None:
         self._state: StateFile | None = None
-        self._writing, self._queueing = threading.Lock(), threading.Lock()
-        # Calls of `set` that wait for the next commit: the name, the message and what is returned.
-        self._orders: list[tuple[str, Message, Future[str]]] = []
-        self._changes: collections.deque[Change] = collections.deque(maxlen=MAX_CHANGES)
+        self._writing = threading.Lock()
+        # Calls of `set` that wait for a commit: the name, the message and what is returned.
+        self._orders: collections.deque[tuple[str, Message, Future[str]]] = collections.deque()
+        self._changes: collections.deque[tuple[int, str, str]]
+        self._changes = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
         self.problems: set[str] = set()  # of "users file" and "state file", for monitors
 
@@ -1097,23 +1081,22 @@ class StatusStore:
         Called once, after the users file was loaded; no change is announced.
         """
         with self._writing:
-            self._state, now, kept, clock = state, self._now, state.kept, time.time()
-            known = kept.dates if len(now.file) <= MAX_DATED else {}
-            same = [user for user in known if now.file.get(user) == kept.file[user]]
-            dates = {user: past(known[user], clock) for user in same}
-            dates.update(now.dates)  # those of a list that has them
-            messages = {clean(user): each.cleaned(clock) for user, each in kept.messages.items()}
-            latest = max((message.since for message in messages.values()), default=0.0)
-            new = now._replace(messages=messages, dates=dates).settled(clock)
-            self._publish(new, max(now.changed, latest))
+            self._state, now, kept = state, self._now, state.kept
+            same = [user for user, text in kept.file.items() if now.file.get(user) == text]
+            dates = {**{user: kept.dates[user] for user in same}, **now.dates}
+            when = max([now.changed, *(message.since for message in kept.messages.values())])
+            self._publish(now._replace(messages=kept.messages, dates=dates), when)
 
     def snapshot(self) -> Snapshot:
         """All that is visible now, consistent in itself."""
         return self._now
 
-    def changes_after(self, version: int) -> list[Change]:
-        """The statuses that became visible since, oldest first; the last MAX_CHANGES at most."""
-        return [change for change in self._changes.copy() if change.version > version]
+    def changes_after(self, version: int) -> list[tuple[int, str, str]]:
+        """The statuses that became visible since: the version of each, its user and its text.
+
+        The oldest comes first; only MAX_CHANGES are remembered.
+        """
+        return [change for change in self._changes.copy() if change[0] > version]
 
     def replace_file(self, users: UsersFile, when: float) -> bool:
         """Let the users file say this from `when` on; returns whether that is anything new.
@@ -1122,79 +1105,65 @@ class StatusStore:
         first load is announced to nobody. The dicts in `users` belong to the store from now on.
         """
         with self._writing:
-            old, texts, dates, first = self._now, users.texts, users.dates, not self._now.version
+            old, texts, first = self._now, users.texts, not self._now.version
             changed = [user for user, text in texts.items() if old.file.get(user) != text]
-            if dates is None:
-                if not (first or changed or len(texts) < len(old.file)):
-                    return False
-                dates = {user: since for user, since in old.dates.items() if user in texts}
-                dates.update(dict.fromkeys(() if first else changed, when))
+            is_same = not changed and len(texts) == len(old.file) and users.dates is None
+            if is_same and not first:
+                return False
+            if first:
+                old, changed = old._replace(loaded=when), []
+            dates = {user: since for user, since in old.dates.items() if user in texts}
             new = old._replace(
                 file=texts,
-                loaded=when if first else old.loaded,
-                dates=dates,
+                dates={**dates, **dict.fromkeys(changed, when), **(users.dates or {})},
                 ends=users.ends,
+                names=sorted_in_slices([user for user in texts if texts[user]]),
+                file_cased=cased(texts),
             )
-            has_all = all(old.file.get(user) and texts[user] for user in changed)
-            if not has_all or len(texts) < len(old.file):  # somebody came or went
-                names = sorted_in_slices([user for user in texts if texts[user]])
-                new = new._replace(names=names, file_cased=cased(texts))
-            self._publish(new.settled(time.time()), when, () if first else changed)
+            self._publish(new, when, changed)
         return True
 
     def expire(self, now: float) -> None:
         """Take back the messages that have expired."""
         with self._writing:
             if any(each.until and each.until <= now for each in self._now.messages.values()):
-                self._publish(self._now.settled(now), now)
+                self._publish(self._now, now)
 
     def set(self, user: str, text: str, by: str = "", until: float | None = None) -> str:
         """Set the user's message, "" to take it back; returns the name in the store's spelling.
 
         It returns once the change is on disk and visible, and raises NotKept, with nothing
-        changed, if that is not possible. The first to queue up behind the present commit makes
-        the next one for all who have queued up by then.
+        changed, if that is not possible. One caller commits for all who wait behind a commit.
         """
+        now = self._now
+        if text and len(now.messages) >= MAX_MESSAGES and now.find(user) not in now.messages:
+            raise NotKept(f"no room for more than {MAX_MESSAGES} messages")
         outcome: Future[str] = Future()
-        with self._queueing:
-            self._orders.append((user, Message(text, 0.0, None, by, until), outcome))
-            is_first = len(self._orders) == 1
-        if is_first:
-            with self._writing:
-                with self._queueing:
-                    orders, self._orders = self._orders, []
-                try:
-                    self._carry_out(orders)
-                finally:
-                    for *_, each in orders:
-                        each.cancel()  # no effect on one that has its result
-        return outcome.result()
+        self._orders.append((user, Message(text, 0.0, None, by, until), outcome))
+        with self._writing:
+            if not outcome.done():
+                self._carry_out()
+        return outcome.result(0)
 
-    def _carry_out(self, orders: list[tuple[str, Message, Future[str]]]) -> None:
-        """Commit and publish these, and note each one's outcome."""
+    def _carry_out(self) -> None:
+        """Commit and publish all orders, and note each one's outcome."""
         old, when = self._now, time.time()
-        messages, accepted = dict(old.messages), {}
-        newcomers: dict[str, str] = {}  # their names as they were spelled first, by casefold
-        for name, message, outcome in orders:
-            folded = name.casefold()
-            user = old.find(name) or newcomers.get(folded, "")
-            if not user:
-                hidden = [each for each in messages if each.casefold() == folded]
-                user = hidden[0] if len(hidden) == 1 else name
-                newcomers[folded] = user
+        messages, users = dict(old.messages), {}
+        # Those whom `find` does not see, and newcomers; their case does not matter, too.
+        unseen = {user.casefold(): user for user in messages if not old.get(user).text}
+        while self._orders:
+            name, message, outcome = self._orders.popleft()
+            user = old.find(name) or unseen.setdefault(name.casefold(), name)
+            messages[user] = message._replace(since=when, covers=old.file.get(user))
             if not message.text:
-                messages.pop(user, None)
-            elif user in messages or len(messages) < MAX_MESSAGES:
-                messages[user] = message._replace(since=when, covers=old.file.get(user))
-            else:
-                outcome.set_exception(NotKept(f"no room for more than {MAX_MESSAGES} messages"))
-                continue
-            accepted[outcome] = user
-        users, new = accepted.values(), old._replace(messages=messages)
-        if not all(old.get(user).text and new.get(user).text for user in users):
-            new = new.settled(when)  # somebody came or went
-        is_kept = self._publish(new, when, users, only_if_kept=True)
-        for outcome, user in accepted.items():
+                del messages[user]
+            users[outcome] = user
+        new = old._replace(messages=messages)
+        is_kept = self._publish(new, when, users.values(), only_if_kept=True)
+        if self._state and not is_kept:
+            with contextlib.suppress(NotKept):
+                self._state.write(old)  # the next start must not find parts of `new`
+        for outcome, user in users.items():
             if is_kept:
                 outcome.set_result(user)
             else:
@@ -1203,28 +1172,28 @@ class StatusStore:
     def _publish(
         self, new: Snapshot, when: float, users: Iterable[str] = (), only_if_kept: bool = False
     ) -> bool:
-        """Put `new` on disk and make it visible; returns whether it is visible.
+        """Put `new`, without messages that are over, on disk and make it visible.
 
         `users` are those whose lines or messages were replaced. What cannot be put on disk is tried
-        again with the next change, unless it is made `only_if_kept`.
+        again with the next change, or is not made visible if it was made `only_if_kept`; returns
+        whether it is.
         """
-        old, version = self._now, self._now.version + 1
+        old, new, version = self._now, new.settled(when), self._now.version + 1
         changed = dict.fromkeys([*users, *(u for u in old.messages if u not in new.messages)])
         try:
             if self._state:
-                self._state.write(new, changed if only_if_kept else ())
+                self._state.write(new)
                 self.problems.discard("state file")
         except NotKept as problem:
             self.problems.add("state file")
-            level = logging.ERROR if only_if_kept else logging.WARNING
-            log.log(level, "the state file: %s", problem)
+            log.error("the state file: %s", problem)
             if only_if_kept:
                 return False
         for user in changed:
             text = new.get(user).text
             if text and text != old.get(user).text:
                 version += 1
-                self._changes.append(Change(version, user, text))
+                self._changes.append((version, user, text))
         self._now = new._replace(version=version, changed=when)
         return True
 
@@ -1706,10 +1675,10 @@ class IrcSession:
                 channel.due = self.now + channel.pause
                 channel.pause = min(2 * channel.pause, IRC_LONGEST_RETRY_SECONDS)
 
-    def announce(self, changes: list[Change], channels: list[str]) -> None:
+    def announce(self, changes: list[tuple[int, str, str]], channels: list[str]) -> None:
         """Tell the channels in a few lines which statuses have changed."""
-        self.version = changes[-1].version
-        latest = {change.user: change.text for change in changes}
+        self.version = changes[-1][0]
+        latest = {user: text for _, user, text in changes}
         lines = [f"{user}: {text}" for user, text in latest.items()]
         if len(lines) > IRC_ANNOUNCED:
             lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
@@ -2513,7 +2482,8 @@ class FileSource:
             if self._look() != before and not at_once:
                 return None
             self._seen = before
-            return users._replace(modified=past(self._path.stat().st_mtime, time.time()))
+            modified = max(0.0, min(self._path.stat().st_mtime, time.time()))
+            return users._replace(modified=modified)
         except (OSError, UsersError) as problem:
             words, uid = getattr(problem, "strerror", problem), os.geteuid()
             if isinstance(problem, PermissionError):
@@ -2938,9 +2908,8 @@ def find_identity(run_as: str) -> tuple[int, int]:
 
 def drop_privileges(uid: int, gid: int) -> None:
     """Change to this user and group for good."""
-    for name in ("encodings.idna", "encodings.latin_1", "encodings.cp1252", "_strptime", "sqlite3"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)  # now: later it may be out of reach
+    for name in ("encodings.idna", "encodings.latin_1", "encodings.cp1252", "_strptime"):
+        importlib.import_module(name)  # now: later it may be out of reach
     try:
         os.setgroups([])  # first, since only root can change them
         os.setgid(gid)
@@ -2973,7 +2942,7 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
 
 
 def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -> None:
-    """Connect the store to its state file; StartError if the file cannot be used.
+    """Connect the store to its state file; NotKept if the file cannot be used.
 
     If the default file is not there and cannot be made, the service does without.
     """
@@ -2982,10 +2951,7 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
         log.info("state: %s, %d messages", path, len(store.snapshot().messages))
     except NotKept as problem:
         if not is_default or os.path.lexists(path):
-            remedy = f"repair it, move it away, or give it and its directory to uid {os.geteuid()}"
-            if isinstance(problem.__context__, BlockingIOError):
-                remedy = "stop that one"
-            raise StartError(f"{problem}; {remedy} (see --state)") from None
+            raise
         store.lost_at_restart = True
         store.problems.add("state file")
         log.warning("messages will be lost when fingerd ends: %s", problem)
@@ -3153,17 +3119,17 @@ def state_path(options: argparse.Namespace, owner: tuple[int, int] | None) -> pa
     users = options.users if is_url(options.users) else str(pathlib.Path(options.users).absolute())
     name = re.sub(r"[][]", "", users.strip("/").replace("/", "-")) + ".db"
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    default = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    default = default or ("/var/lib/fingerd" if owner else f"{home}/fingerd")
+    default = "/var/lib/fingerd" if owner else f"{home}/fingerd"
+    default = os.environ.get("STATE_DIRECTORY") or default
     path = pathlib.Path(options.state or f"{default}/{name}")
     folder = pathlib.Path(os.path.realpath(path.parent))
-    if not options.state and not os.path.exists(folder):
-        refuse_shared(folder.parent, os.geteuid())
+    is_new = not (options.state or os.path.exists(folder))
+    refuse_shared(folder, owner[0] if owner and not is_new else os.geteuid())
+    if is_new:
         with contextlib.suppress(OSError):  # a failure shows when the file is opened
             folder.mkdir(0o700, parents=True)
             if owner:
                 os.chown(folder, *owner, follow_symlinks=False)
-    refuse_shared(folder, owner[0] if owner else os.geteuid())
     return folder / path.name
 
 
