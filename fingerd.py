@@ -1016,9 +1016,7 @@ class StateFile:
         try:
             self._reopen()
             self._commit(self.kept, wanted)
-            self._seen = os.lstat(self._path)
         except (OSError, sqlite3.Error) as problem:
-            self._is_in_step = False
             raise NotKept(f"could not be kept: {problem}") from None
         self.kept = wanted
 
@@ -1041,19 +1039,20 @@ class StateFile:
         users = {*old.messages, *new.messages}
         if new.file is not old.file:
             users.update(old.file, new.file)
+        rows: list[tuple[str, str, Any]] = [("messages", u, new.messages.get(u)) for u in users]
+        rows = [row for row in rows if old.messages.get(row[1]) != row[2]]
+        rows += [("lines", u, new.line(u)) for u in users if old.line(u) != new.line(u)]
+        if not rows:
+            return
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")  # fails while another program writes
-            for user in users:
-                self._replace("messages", user, old.messages.get(user), new.messages.get(user))
-                self._replace("lines", user, old.line(user), new.line(user))
-
-    def _replace(self, table: str, user: str, old: Any, new: Any) -> None:
-        """Put the row `new` in the place of `old`; None is no row."""
-        if new != old:
-            self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
-        if new and new != old:
-            places = ", ?" * len(new)
-            self._db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *new))
+            self._is_in_step = False
+            for table, user, row in rows:
+                self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
+                if row:
+                    places = ", ?" * len(row)
+                    self._db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *row))
+        self._seen, self._is_in_step = os.lstat(self._path), True
 
 
 class StatusStore:
