@@ -85,9 +85,9 @@ MAX_AHEAD = 366 * 86_400.0  # seconds until a message is taken back
 MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be ahead
 MAX_HTTP_HEAD, MAX_HEADERS = 16_384, 100  # bytes and headers of a request head
 MAX_ACCEPT = 1_000  # characters of an Accept header that count; 16,000 would take 90 ms
-MAX_BODY = 65_536  # bytes of a request body
+MAX_BODY = 65_536  # bytes of a request body, with the sizes of its chunks
 MAX_CHUNKS = 256  # of a request body; they are read again each time that bytes arrive
-MAX_TRAILERS = 4_096  # bytes of the headers behind the last chunk
+MAX_TRAILERS = 4_096  # bytes of the last chunk, with the headers behind it
 MAX_LISTED = 1_000  # users on the web page, and in a finger listing
 MAX_FEED = 50  # entries of a feed
 MAX_PAGES = 256  # users' pages that are remembered, each of 20 kB at most
@@ -394,14 +394,14 @@ def parse_setting(data: bytes, ended: bool, now: float) -> Setting | None:
 
 # ---- HTTP/1.1 requests (RFC 9112) --------------------------------------------------------------
 # They are read strictly: if a proxy finds the end of a request elsewhere than we do, a client can
-# hide a second request in the first.
+# hide a second request in the first. No answer depends on the host, in the target or in a header.
 
 
 class HttpRequest(NamedTuple):
     """A request, or in `problem` the status (400 to 501) with which it is refused."""
 
     problem: int = 0
-    size: int = 0  # bytes of it that have been read
+    size: int = 0  # bytes of the head, and of the body as soon as that is complete
     method: str = ""
     path: str = ""
     user: str = ""  # whom the path names: all of it, percent-encoded UTF-8
@@ -417,13 +417,14 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD = rb"%s:[^\x00-\x08\x0a-\x1f\x7f]*" % _TOKEN
 _PATH, _QUERY = rb"/[^\x00-\x20\x7f?#]*", rb"[^\x00-\x20\x7f#]*"
 _REQUEST_LINE = re.compile(
-    rb"[\r\n]*(%s) (?:(?i:https?)://(%s))?(%s)(?:\?(%s))? HTTP/1\.([0-9])\r?\n"
+    rb"[\r\n]*(%s) (?:(?i:https?)://%s)?(%s)(?:\?(%s))? HTTP/1\.([0-9])\r?\n"
     % (_TOKEN, HOST.encode(), _PATH, _QUERY)
 )
 _HEADERS = re.compile(rb"(?:%s\r?\n){0,%d}\r?\n" % (_FIELD, MAX_HEADERS))
 _HEAD_END = re.compile(rb"\n\r?\n")
-_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?\r\n")
-_TRAILERS = re.compile(rb"(?:%s\r\n)*\r\n" % _FIELD)
+_EXTENSION = rb"[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?\r\n"
+_CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})%s" % _EXTENSION)
+_LAST_CHUNK = re.compile(rb"\r\n0{1,8}%s(?:%s\r\n)*\r\n" % (_EXTENSION, _FIELD))
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
@@ -448,7 +449,7 @@ def parse_complete_head(head: bytes) -> HttpRequest:
     line = _REQUEST_LINE.match(head)
     if not (line and _HEADERS.fullmatch(head, line.end())):
         return HttpRequest(400)
-    method, host, path, query, minor = (part.decode("latin-1") for part in line.groups(b""))
+    method, path, query, minor = (part.decode("latin-1") for part in line.groups(b""))
     headers: dict[str, str] = {}
     for field in head[line.end() :].decode("latin-1").split("\n")[:-2]:
         name, _, value = field.partition(":")
@@ -458,15 +459,13 @@ def parse_complete_head(head: bytes) -> HttpRequest:
     problem = header_problem(headers, http_1_1)
     if problem:
         return HttpRequest(problem)
-    if host:  # a target in absolute form (section 3.2.2)
-        headers["host"] = host
     has_body = "transfer-encoding" in headers or int(headers.get("content-length", "0")) > 0
     connection = re.split("[ \t]*,[ \t]*", headers.get("connection", "").lower())
     return HttpRequest(
         size=len(head),
         method=method,
         path=path,
-        user=clean(urllib.parse.unquote_to_bytes(line[3][1:])[:MAX_QUERY]),
+        user=clean(urllib.parse.unquote_to_bytes(line[2][1:])[:MAX_QUERY]),
         query=query,
         headers=headers,
         body=None if has_body else b"",
@@ -486,30 +485,21 @@ def parse_begun_head(data: bytes, begin: int) -> HttpRequest | None:
 
 def parse_chunks(head: HttpRequest, data: bytes) -> HttpRequest:
     """The request with its chunked body (section 7.1), without extensions and trailers."""
+    text, at = b"\r\n" + data[head.size :], 0  # so that each chunk stands behind an end of line
     pieces: list[bytes] = []
-    length, at = 0, head.size
-    while True:
-        chunk = _CHUNK.match(data, at)
-        if not chunk:
-            is_wrong = b"\n" in data[at:] or len(data) - at > MAX_TRAILERS
+    while at <= MAX_BODY and len(pieces) <= MAX_CHUNKS:
+        last = _LAST_CHUNK.match(text, at, at + MAX_TRAILERS)
+        if last:
+            return head._replace(size=head.size + last.end() - 2, body=b"".join(pieces))
+        chunk = _CHUNK.match(text, at)
+        size = int(chunk[1], 16) if chunk else 0
+        if not (chunk and size):
+            end = b"\r\n\r\n" if chunk else b"\n"
+            is_wrong = end in text[at + 2 :] or len(text) - at > MAX_TRAILERS
             return HttpRequest(400) if is_wrong else head
-        size, at = int(chunk[1], 16), chunk.end()
-        if not size:
-            break
-        length += size
-        if length > MAX_BODY or len(pieces) >= MAX_CHUNKS:
-            return HttpRequest(413)
-        pieces.append(data[at : at + size])
-        at += size + 2
-        if len(data) < at:
-            return head
-        if data[at - 2 : at] != b"\r\n":
-            return HttpRequest(400)
-    trailers = _TRAILERS.match(data, at, at + MAX_TRAILERS)
-    if trailers:
-        return head._replace(size=trailers.end(), body=b"".join(pieces))
-    is_wrong = b"\r\n\r\n" in data[at:] or len(data) - at >= MAX_TRAILERS
-    return HttpRequest(400) if is_wrong else head
+        at = chunk.end() + size
+        pieces.append(text[chunk.end() : at])
+    return HttpRequest(413)
 
 
 def parse_http_request(data: bytes) -> HttpRequest | None:
