@@ -166,7 +166,9 @@ def clean(text: str | bytes) -> str:
         text = text.decode("utf-8", "replace")
     if not text.isprintable():
         text = re.sub(UNPRINTABLE, "", text.replace("\t", " "))
-    return (unicodedata.normalize("NFC", text) if len(text) <= MAX_COMPOSED else text).strip()
+    if len(text) <= MAX_COMPOSED:
+        text = unicodedata.normalize("NFC", text)
+    return text.strip()
 
 
 def entry_problem(name: str, text: str = "") -> str:
@@ -270,10 +272,9 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
         return FingerQuery(too_long=True)
     if not newline and not ended:
         return None
-    text = clean(_TELNET_OPTION.sub(b"", line))
-    words, count = _LONG.subn("", text)
+    words, is_long = _LONG.subn("", clean(_TELNET_OPTION.sub(b"", line)))
     user, at, host = words.partition("@")
-    return FingerQuery(user.strip(), count > 0, host.strip() if at else None)
+    return FingerQuery(user.strip(), is_long > 0, host.strip() if at else None)
 
 
 def parse_plan(data: bytes) -> str:
@@ -296,14 +297,14 @@ def parse_time(words: str, now: float) -> float:
     period = re.fullmatch("([0-9]{1,6})([mhdw])", words)
     if period:
         return now + int(period[1]) * PERIODS[period[2]]
-    day = datetime.timedelta(days=1)
-    if "-" in words and ":" not in words:
-        return (datetime.datetime.strptime(words, "%Y-%m-%d") + day).timestamp()
-    today = datetime.datetime.fromtimestamp(now).strftime("%Y-%m-%d")
-    dated = words if "-" in words else f"{today} {words}"
-    moment = datetime.datetime.strptime(dated, "%Y-%m-%d %H:%M")
-    has_passed = dated != words and moment.timestamp() <= now
-    return (moment + day * has_passed).timestamp()
+    read, day = datetime.datetime.strptime, datetime.timedelta(days=1)
+    if "-" in words and ":" in words:
+        return read(words, "%Y-%m-%d %H:%M").timestamp()
+    if "-" in words:
+        return (read(words, "%Y-%m-%d") + day).timestamp()
+    today = datetime.datetime.fromtimestamp(now)
+    moment = datetime.datetime.combine(today, read(words, "%H:%M").time())
+    return (moment if moment > today else moment + day).timestamp()
 
 
 def end_of_message(words: str, now: float) -> tuple[float, str]:
@@ -693,7 +694,7 @@ PARSE_ERROR, UNKNOWN_ENCODING = -32700, -32701
 NO_METHOD, INVALID_PARAMS, DENIED = -32601, -32602, -32500
 # Python remembers each name of an encoding that it looks up, so there must be few.
 XML_ENCODINGS = re.compile(
-    "utf-?(8|16([bl]e)?)|(us-)?ascii|iso-?8859-([1-9]|1[0-6])|latin-?1|latin9"
+    "utf-?8|(us-)?ascii|iso-?8859-([1-9]|1[0-6])|latin-?1|latin9"
     "|(windows-|cp)125[0-8]|cp(437|850|866)|koi8-[ru]|macintosh"
 )
 _ENCODING = re.compile(r"(?:encoding|charset)\s*=\s*[\"']?([^\s;\"']+)", re.IGNORECASE)
@@ -701,8 +702,6 @@ _ENCODING = re.compile(r"(?:encoding|charset)\s*=\s*[\"']?([^\s;\"']+)", re.IGNO
 
 def xml_encoding(body: bytes, content_type: str) -> str:
     """The encoding that an XML document declares, or else its Content-Type (RFC 7303)."""
-    if body[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
     declaration = body[:MAX_QUERY].partition(b">")[0].decode("latin-1")
     found = _ENCODING.search(f"{declaration} {content_type}")
     return found[1].lower().replace("_", "-") if found else "utf-8"
@@ -1214,10 +1213,9 @@ class Policy(NamedTuple):
 
 def finger_listing(now: Snapshot, long: bool) -> str:
     """The first MAX_LISTED users, and how many more there are."""
-    lines = []
-    for user, status in itertools.islice(now.users(), MAX_LISTED):
-        since = f" (since {plain_time(status.since)})" if long else ""
-        lines.append(f"{user}: {status.text}{since}\r\n")
+    users = itertools.islice(now.users(), MAX_LISTED)
+    form = "{}: {} (since {})\r\n" if long else "{}: {}\r\n"
+    lines = [form.format(user, status.text, plain_time(status.since)) for user, status in users]
     more = now.size() - len(lines)
     return "".join(lines) + (f"... and {more} more\r\n" if more else "")
 

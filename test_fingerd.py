@@ -1376,7 +1376,7 @@ class CodecsTest(Case):
 
     ENCODINGS: ClassVar = """utf-8 UTF8 utf_8 ascii US-ASCII latin-1 Latin1 iso8859-1 iso_8859-1
         ISO-8859-1 iso-8859-15 latin9 cp1252 windows-1252 windows-1251 CP1251 koi8-r KOI8-U cp437
-        cp850 macintosh utf-16"""
+        cp850 macintosh"""
 
     def test_usual_encodings_are_read(self) -> None:
         for name in self.ENCODINGS.split():
@@ -1431,7 +1431,6 @@ class CodecsTest(Case):
             ((call % "").encode(), ("f", ())),
             ((call % "<params/>").encode(), ("f", ())),
             (accent(), ("f", ("\u00e9",))),
-            (accent("utf-16"), ("f", ("\u00e9",))),
             (latin, ("f", ("\u00e9",))),
             (b"\xef\xbb\xbf<?xml version='1.0'?>" + accent(), ("f", ("\u00e9",))),
             ((call % param % "<base64>YQ==</base64>").encode(), ("f", (b"a",))),
@@ -1442,7 +1441,7 @@ class CodecsTest(Case):
             (b"<!DOCTYPE methodCall>" + accent(), bad),
             (b"<!DOCTYPE a [<!ENTITY b 'c'>]>" + accent(), bad),
             (b"<?xml version='1.0' encoding='martian'?>" + accent(), fingerd.UNKNOWN_ENCODING),
-            (b"<?xml version='1.0' encoding='utf-16'?>" + accent(), bad),
+            (b"<?xml version='1.0' encoding='utf-16'?>" + accent(), fingerd.UNKNOWN_ENCODING),
             (accent().replace(b">f<", b"> f\r\n<"), ("f", ("\u00e9",))),
             ((call % param % "<int>x</int>").encode(), bad),
             ((call % param % "<base64>a</base64>").encode(), bad),
