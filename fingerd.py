@@ -177,10 +177,8 @@ def entry_problem(name: str, text: str = "") -> str:
         return "no name"
     if len(name) > MAX_NAME:
         return f"the name is longer than {MAX_NAME} characters"
-    if ":" in name or "@" in name:
-        return "a name holds no ':' and no '@'"
-    if name[0] in "/#" or name in (".", ".."):
-        return "a name does not begin with '/' or '#' and is not '.' or '..'"
+    if ":" in name or "@" in name or name[0] in "/#" or name in (".", ".."):
+        return "a name holds no ':' or '@', does not begin with '/' or '#', and is not '.' or '..'"
     if "\ufffd" in name:
         return "the name is not UTF-8"
     return f"the status is longer than {MAX_STATUS} characters" if len(text) > MAX_STATUS else ""
@@ -228,7 +226,8 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
     problems: list[str] = []
     repeated: list[str] = []
     for number, (line, problem) in enumerate(lines, 1):
-        name, colon, text = map(str.strip, line.partition(":"))
+        name, colon, text = line.partition(":")
+        name, text = name.rstrip(), text.lstrip()
         if not problem:
             if not line or line[0] == "#":
                 continue
@@ -668,7 +667,7 @@ def parse_json_list(data: bytes, known: Mapping[str, str], now: float) -> UsersF
         for line, problem in clean_lines(data):
             line = line.lstrip("[").rstrip(",]")
             try:
-                if line and not problem:
+                if line:
                     entry = json.loads(line)
                     user, since = clean(entry["user"]), parse_iso_time(entry["since"])
                     line, problem = f"{user}: {clean(entry['status'])}", entry_problem(user)
@@ -1061,7 +1060,7 @@ class StatusStore:
         self._changes: collections.deque[tuple[int, str, str]]
         self._changes = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
-        self.problems: set[str] = set()  # of "users file" and "state file", for monitors
+        self.problems: dict[str, str] = {}  # with the users file and the state file
 
     def restore(self, state: StateFile) -> None:
         """Show the messages in `state`, date the file's lines by it, and keep all changes there.
@@ -1171,9 +1170,9 @@ class StatusStore:
         try:
             if self._state:
                 self._state.write(new)
-                self.problems.discard("state file")
+                self.problems.pop("state file", None)
         except NotKept as problem:
-            self.problems.add("state file")
+            self.problems["state file"] = str(problem)
             log.error("the state file: %s", problem)
             if only_if_kept:
                 return False
@@ -2479,14 +2478,15 @@ class FileSource:
 
 
 def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
-    """The response to a GET, and its body; TimeoutError if it is not whole in FETCH_SECONDS."""
+    """The response to a GET, and its body; TimeoutError FETCH_SECONDS after the connection."""
     parts, body = urllib.parse.urlsplit(url), bytearray()
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.netloc, timeout=FETCH_SECONDS)
     connection.connect()
-    connection.sock.settimeout(None)  # the timer ends the stream, and so a read that waits
-    end, shutdown = time.monotonic() + FETCH_SECONDS, socket.socket.shutdown  # TLS or not
-    timer = threading.Timer(FETCH_SECONDS, shutdown, [connection.sock, socket.SHUT_RDWR])
+    connection.sock.settimeout(None)  # the timer alone ends a read that waits
+    end = time.monotonic() + FETCH_SECONDS
+    cut_off = socket.socket.shutdown  # below TLS; that of SSLSocket is not for other threads
+    timer = threading.Timer(FETCH_SECONDS, cut_off, [connection.sock, socket.SHUT_RDWR])
     timer.daemon = True
     timer.start()
     try:
@@ -2586,7 +2586,6 @@ class Reloader(threading.Timer):
         self.daemon, self.name = True, "reloader"
         self._source, self._store = source, store
         self._woken, self._reading = threading.Event(), threading.Lock()
-        self._complaint = ""  # the reason that was logged last
         self._problems: list[str] = []  # the bad lines that were logged last
 
     def run(self) -> None:
@@ -2606,19 +2605,17 @@ class Reloader(threading.Timer):
             self.look()
 
     def look(self, at_once: bool = False) -> None:
-        """Do `load`, but log the reason if the file cannot be read."""
-        complaint = ""
+        """Do `load`; if the file cannot be read, note and log the reason."""
+        problems, name = self._store.problems, self._source.name
         try:
             self.load(at_once)
+            if problems.pop("users file", ""):
+                log.info("%s can be read again", name)
         except Exception as problem:
-            complaint = str(problem) or repr(problem)
-        if complaint and complaint != self._complaint:
-            log.error("%s; the last content of %s stays in force", complaint, self._source.name)
-        elif self._complaint and not complaint:
-            log.info("%s can be read again", self._source.name)
-        self._complaint = complaint
-        note = self._store.problems.add if complaint else self._store.problems.discard
-        note("users file")
+            old, new = problems.get("users file"), str(problem) or repr(problem)
+            problems["users file"] = new
+            if new != old:
+                log.error("%s; the last content of %s stays in force", new, name)
 
     def load(self, at_once: bool = True) -> None:
         """Give the store the file if it has changed or `at_once`; raises UsersError.
@@ -2940,7 +2937,7 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
         if not is_default or os.path.lexists(path):
             raise
         store.lost_at_restart = True
-        store.problems.add("state file")
+        store.problems["state file"] = str(problem)
         log.warning("messages will be lost when fingerd ends: %s", problem)
 
 

@@ -729,9 +729,9 @@ class CodecsTest(Case):
     BAD_USERS_LINES: ClassVar = [
         (b"no colon", "no colon"),
         (b": x", "no name"),
-        (b"a@b: x", "a name holds"),
-        (b"/a: x", "a name does not begin"),
-        (b".: x", "a name does not begin"),
+        (b"a@b: x", "a name holds no"),
+        (b"/a: x", "a name holds no"),
+        (b".: x", "a name holds no"),
         (b"x" * 65 + b": x", "the name is longer"),
         (b"a: " + b"x" * 1001, "the status is longer"),
         (b"a: " + b" " * 8192, "the line is longer"),
