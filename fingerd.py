@@ -427,6 +427,11 @@ _CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})%s" % _EXTENSION)
 _LAST_CHUNK = re.compile(rb"\r\n0{1,8}%s(?:%s\r\n)*\r\n" % (_EXTENSION, _FIELD))
 
 
+def split_list(value: str) -> list[str]:
+    """The elements of a header's value, between which commas stand."""
+    return [element.strip() for element in value.split(",")]
+
+
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     """The status that refuses a request with these headers, or 0."""
     host = headers.get("host", "missing!" if http_1_1 else "")
@@ -460,7 +465,7 @@ def parse_complete_head(head: bytes) -> HttpRequest:
     if problem:
         return HttpRequest(problem)
     has_body = "transfer-encoding" in headers or int(headers.get("content-length", "0")) > 0
-    connection = re.split("[ \t]*,[ \t]*", headers.get("connection", "").lower())
+    connection = split_list(headers.get("connection", "").lower())
     return HttpRequest(
         size=len(head),
         method=method,
@@ -1377,7 +1382,7 @@ def conditional_status(headers: Mapping[str, str], page: Page) -> int:
     wanted, known = headers.get("if-match"), headers.get("if-none-match")
     date = headers.get("if-unmodified-since")
     if wanted is not None:  # a weak tag, W/"...", does not count here
-        if wanted != "*" and page.etag not in re.split("[ \t]*,[ \t]*", wanted):
+        if wanted != "*" and page.etag not in split_list(wanted):
             return 412
     elif date is not None and page.modified > parse_http_time(date):
         return 412

@@ -1209,6 +1209,15 @@ class CodecsTest(Case):
             with self.subTest([line[:60] for line in lines]):
                 self.assertEqual(fingerd.parse_http_request(raw(*lines)), Request(status))
 
+    def test_no_head_takes_long(self) -> None:
+        for field in ("Connection: a", "Transfer-Encoding: chunked", "Host: h", "If-Match: a"):
+            data = raw("GET / HTTP/1.1", "Host: h", field + " " * 16_000 + "b")
+            began = time.process_time()
+            request = fingerd.parse_http_request(data)
+            page = fingerd.error_page(404)
+            fingerd.conditional_status(request.headers, page)
+            self.assertLess(time.process_time() - began, 0.2, field)
+
     def test_a_line_that_is_no_request_is_refused_at_once(self) -> None:
         for line in (b"GET /moshez\r\n", b"moshez\n", b"\r\nhello \r\n", b"\x16\x03\x01\n"):
             self.assertEqual(fingerd.parse_http_request(line), Request(400), line)
