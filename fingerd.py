@@ -1641,11 +1641,7 @@ class IrcSession:
         if now >= self.due:
             self.keep_alive()
         self.join()
-        # While lines wait, changes wait too: later they are one burst, not a longer queue.
-        joined = [channel.name for channel in self.channels.values() if channel.joined]
-        changes = self.store.changes_after(self.version)
-        if joined and changes and not self.queue:
-            self.announce(changes, joined)
+        self.announce()
 
     def keep_alive(self) -> None:
         """Check that the server replies, and ask for our nick again if we have another one."""
@@ -1666,14 +1662,18 @@ class IrcSession:
                 channel.due = self.now + channel.pause
                 channel.pause = min(2 * channel.pause, IRC_LONGEST_RETRY_SECONDS)
 
-    def announce(self, changes: list[tuple[int, str, str]], channels: list[str]) -> None:
-        """Tell the channels in a few lines which statuses have changed."""
-        self.version = changes[-1][0]
-        latest = {user: text for _, user, text in changes}
+    def announce(self) -> None:
+        """Tell the channels in a few lines which statuses have changed since the last time."""
+        joined = [channel.name for channel in self.channels.values() if channel.joined]
+        if self.queue or not joined:  # the changes wait: later they are one burst of lines
+            return
+        latest = {}
+        for version, user, text in self.store.changes_after(self.version):
+            self.version, latest[user] = version, text
         lines = [f"{user}: {text}" for user, text in latest.items()]
         if len(lines) > IRC_ANNOUNCED:
             lines[IRC_ANNOUNCED:] = [f"and {len(lines) - IRC_ANNOUNCED} more"]
-        for line, channel in itertools.product(lines, channels):
+        for line, channel in itertools.product(lines, joined):
             self.say(channel, line)
 
     def take(self, now: float) -> bytes:

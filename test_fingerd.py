@@ -3939,6 +3939,17 @@ class IrcSessionTest(Case):
                 talk.hear(":fingerbot!a@b JOIN #a").store.set("moshez", "here")
                 self.assertEqual(talk.pass_time(1).said(), ["PRIVMSG #a :moshez: here"])
 
+    def test_more_channels_than_lines_may_wait(self) -> None:
+        names = [f"#{number}" for number in range(30)]
+        talk, wanted = Talk(channels=names).hear(":s 001 fingerbot :Welcome"), set(names)
+        for _ in range(100):
+            for line in talk.pass_time(1).said():
+                command, name = line.split(" ", 1)
+                if command == "JOIN":
+                    wanted.discard(name)
+                    talk.hear(f":fingerbot!a@b JOIN {name}")
+        self.assertEqual(wanted, set())
+
     def test_a_join_without_any_reply_is_repeated(self) -> None:
         talk = Talk(channels=("#a",)).hear(":s 001 fingerbot :Welcome")
         self.assertEqual(self.attempts(talk, 700), [90, 270, 630])
@@ -4196,6 +4207,14 @@ class FakeServerTest(FakeServerCase):
         self.logged("IRC: the server closed the connection")
         self.accept().register()
         self.logged("registered as fingerbot", 2)
+
+    def test_a_fault_of_ours_does_not_end_it(self) -> None:
+        with mock.patch.object(fingerd.IrcSession, "tick", side_effect=KeyError("oops")):
+            self.start_bot(self.port)
+            self.accept()
+            self.assertIn("Traceback", self.logged("IRC: 'oops'; next attempt"))
+        self.accept().register()
+        self.logged("registered as fingerbot")
 
     def test_it_notices_silence(self) -> None:
         self.patch(IRC_KEEP_ALIVE_SECONDS=0.1)
