@@ -202,22 +202,19 @@ class UsersFile(NamedTuple):
     ends: dict[str, float] = {}  # until when, for those that will be taken back
 
 
-def clean_lines(data: bytes) -> Iterator[tuple[str, str]]:
-    """The lines in `data`, each cleaned, and ""; or "" and the problem with the line."""
-    for raw in io.BytesIO(data):
-        if len(raw) > MAX_FILE_LINE:
-            yield "", f"the line is longer than {MAX_FILE_LINE} bytes"
-            continue
-        try:
-            line = raw.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            yield "", "not UTF-8"
-        else:
-            yield line if line.isascii() and line.isprintable() else clean(line), ""
+def clean_line(raw: bytes) -> tuple[str, str]:
+    """A line of the file, cleaned, and ""; or "" and the problem with the line."""
+    if len(raw) > MAX_FILE_LINE:
+        return "", f"the line is longer than {MAX_FILE_LINE} bytes"
+    try:
+        line = raw.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return "", "not UTF-8"
+    return line if line.isascii() and line.isprintable() else clean(line), ""
 
 
 def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> UsersFile:
-    """The users in `clean_lines`; the last line for a user counts, and a bad line is skipped.
+    """The users in lines of `clean_line`; the last one for a user counts, a bad one is skipped.
 
     A status that is in `known` already is the same object again, so that reading a large file
     anew costs little memory. Reading stops after MAX_USERS users.
@@ -669,7 +666,7 @@ def parse_json_list(data: bytes, known: Mapping[str, str], now: float) -> UsersF
     ends: dict[str, float] = {}
 
     def lines() -> Iterator[tuple[str, str]]:
-        for line, problem in clean_lines(data):
+        for line, problem in map(clean_line, io.BytesIO(data)):
             line = line.lstrip("[").rstrip(",]")
             try:
                 if line:
@@ -2433,7 +2430,7 @@ def read_users(data: bytes, known: Mapping[str, str]) -> UsersFile:
     if data.startswith((JSON_START, b"[]\n")):
         users = parse_json_list(data, known, time.time())
     else:
-        users = parse_users(clean_lines(data), known)
+        users = parse_users(map(clean_line, io.BytesIO(data)), known)
     if len(users.texts) > MAX_USERS:
         raise UsersError(f"more than {MAX_USERS} users")
     return users

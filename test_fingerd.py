@@ -653,7 +653,7 @@ def raw(*lines: str, end: str = "\r\n") -> bytes:
 
 def parse_users(data: bytes) -> fingerd.UsersFile:
     """The content of a users file of these bytes."""
-    return fingerd.parse_users(fingerd.clean_lines(data), {})
+    return fingerd.parse_users(map(fingerd.clean_line, io.BytesIO(data)), {})
 
 
 def parse_setting(data: bytes, ended: bool) -> Any:
