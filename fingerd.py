@@ -2894,8 +2894,8 @@ def find_identity(run_as: str) -> tuple[int, int]:
 
 def drop_privileges(uid: int, gid: int) -> None:
     """Change to this user and group for good."""
-    for name in ("encodings.idna", "encodings.latin_1", "encodings.cp1252", "_strptime"):
-        importlib.import_module(name)  # now: later it may be out of reach
+    "host".encode("idna")  # the library imports now what these need: later it may be out of reach
+    time.strptime("0", "%S")
     try:
         os.setgroups([])  # first, since only root can change them
         os.setgid(gid)
@@ -3031,9 +3031,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("how to run").add_argument
     text = "seconds between checks of the users file (default: 30)"
     add("--interval", metavar="S", type=float, default=30.0, help=text)
-    add(
-        "--state", metavar="FILE", help="file for messages or off (default: in the state directory)"
-    )
+    add("--state", metavar="FILE", help="file for messages, or off (default: in /var/lib or ~)")
     add("--run-as", metavar="USER[:GROUP]", help="drop root privileges to this user (default: 1:1)")
     add_irc_options(parser)
     options = parser.parse_args(arguments)
@@ -3090,7 +3088,7 @@ def bind(options: argparse.Namespace) -> list[tuple[str, socket.socket]]:
     for name, listener in listeners:
         host, port = listener.getsockname()[:2]
         log.info("%s listening on %s:%d", name, f"[{host}]" if ":" in host else host, port)
-        if name == "setter" and not re.match(r"127\.|::1$", plain_address((host, port))):
+        if name == "setter" and not re.match(r"127\.|::1$", host):
             log.warning("anybody who can reach %s can set anybody's message", host)
     return listeners
 
