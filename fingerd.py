@@ -63,7 +63,7 @@ import unicodedata
 import urllib.parse
 import xmlrpc.client
 from concurrent.futures import Future
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 from xmlrpc.client import Fault
 
 try:
@@ -141,7 +141,6 @@ NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
 
 log = logging.getLogger("fingerd")
-T = TypeVar("T")
 
 # ================================================================================================
 # 1. text: whatever comes from outside becomes one printable line, once, at the door
