@@ -38,7 +38,6 @@ import hashlib
 import heapq
 import html
 import http.client
-import importlib
 import io
 import itertools
 import json
