@@ -3185,13 +3185,14 @@ def run(options: argparse.Namespace) -> None:
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         reloader.reload()
 
+    deadline = time.monotonic() + STOP_SECONDS
     reloader.cancel()
     for bot in bots:
         bot.stopping.set()
     for server in servers:
         server.shutdown()
     for thread in (*loops, *bots):
-        thread.join(STOP_SECONDS)
+        thread.join(max(0.0, deadline - time.monotonic()))
     store.close()
     log.info("stopped")
 
