@@ -271,13 +271,17 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     return FingerQuery(user.strip(), is_long > 0, host.strip() if at else None)
 
 
+def plan_line(text: str) -> str:
+    """A line of a plan: clean, but with its indentation."""
+    return " " * (len(text) - len(text.lstrip(" "))) + clean(text)
+
+
 def parse_plan(data: bytes) -> str:
     """The text of a file that begins with `data`: MAX_PLAN bytes and MAX_PLAN_LINES at most."""
     text = data[:MAX_PLAN].decode("utf-8", "replace").expandtabs()
     lines = text[:MAX_PLAN].splitlines()
     is_cut = max(len(data), len(text)) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
-    indents = [line[: len(line) - len(line.lstrip(" "))] for line in lines]
-    plan = [indent + clean(line) for indent, line in zip(indents, lines[:MAX_PLAN_LINES])]
+    plan = [*map(plan_line, lines[:MAX_PLAN_LINES])]
     return "\n".join(plan + ["... (cut)"] * is_cut)
 
 
@@ -1219,6 +1223,18 @@ def finger_listing(now: Snapshot, long: bool) -> str:
     return "".join(lines) + (f"... and {more} more\r\n" if more else "")
 
 
+def long_answer(user: str, status: Status) -> str:
+    """The lines about a user who was asked for with /W."""
+    until = f"\nUntil: {plain_time(status.until)}" if status.until else ""
+    return f"Login: {user}\nStatus: {status.text}\nSince: {plain_time(status.since)}{until}"
+
+
+def is_elsewhere(host: str, policy: Policy, reached: str) -> bool:
+    """Whether the `host` in a query is another machine than ours."""
+    host = host.lower().rstrip(".")
+    return not host or (host not in policy.hostnames and host.strip("[]") != reached)
+
+
 def finger_answer(
     now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "", plan: str = ""
 ) -> str:
@@ -1229,19 +1245,16 @@ def finger_answer(
     """
     if query.too_long:
         return "Query too long\r\n"
-    if query.host is not None:
-        host = query.host.lower().rstrip(".")
-        if not host or (host not in policy.hostnames and host.strip("[]") != reached):
-            return "Finger forwarding service denied\r\n"
+    if query.host is not None and is_elsewhere(query.host, policy, reached):
+        return "Finger forwarding service denied\r\n"
     if not query.user:
         denied = "Finger online user list denied\r\n"
         return denied if policy.private else finger_listing(now, query.long)
-    user = now.find(query.user)
-    status = now.get(user)
-    answer = status.text
-    if query.long and answer:
-        answer = f"Login: {user}\nStatus: {status.text}\nSince: {plain_time(status.since)}"
-        answer += f"\nUntil: {plain_time(status.until)}" if status.until else ""
+    user, status = query.user, now.get(query.user)
+    if not status.text:  # perhaps by another spelling
+        user = now.find(user)
+        status = now.get(user)
+    answer = long_answer(user, status) if query.long and status.text else status.text
     if plan:
         answer = f"{answer}\n\nPlan:\n{plan}".lstrip("\n")
     return (answer or NO_SUCH_USER).replace("\n", "\r\n") + "\r\n"
@@ -1493,9 +1506,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
     def __init__(self, store: StatusStore, policy: Policy, read_plan: Callable[[str], str]) -> None:
         super().__init__()
         self._store, self._policy, self._read_plan = store, policy, read_plan
-        self._list_page = functools.lru_cache(1)(
-            lambda _: rpc_page((self._dispatch("listUsers", ()),))
-        )
+        self._list_page = functools.lru_cache(1)(self._make_list_page)
         for function in (self.getPlan, self.getStatus, self.getUser, self.listUsers):
             self.register_function(function)
         self.register_introspection_functions()
@@ -1509,6 +1520,10 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
             return rpc_page(call.fault or (self._dispatch(call.method, call.params),))
         except Fault as fault:
             return rpc_page(fault)
+
+    def _make_list_page(self, _version: int) -> Page:
+        """The response to listUsers; it is remembered for the store's version."""
+        return rpc_page((self._dispatch("listUsers", ()),))
 
     def _dispatch(self, method: str, params: Any) -> Any:
         """The method's result; raises a Fault if it is unknown or has wrong parameters."""
@@ -1524,9 +1539,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def getStatus(self, name: Any) -> Any:
         """The user's status, and its times in UTC; a fault if there is none."""
-        now = self._store.snapshot()
-        user = now.find(clean(name))
-        status = now.get(user)
+        user, status = self._look_up(name)
         if not status.text:
             raise Fault(DENIED, NO_SUCH_USER)
         times = {"since": status.since, "until": status.until}
@@ -1534,8 +1547,13 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def getUser(self, name: Any) -> Any:
         """The user's status, or "No such user"."""
+        return self._look_up(name)[1].text or NO_SUCH_USER
+
+    def _look_up(self, name: str) -> tuple[str, Status]:
+        """The user called `name`, and the status."""
         now = self._store.snapshot()
-        return now.get(now.find(clean(name))).text or NO_SUCH_USER
+        user = now.find(clean(name))
+        return user, now.get(user)
 
     def listUsers(self) -> Any:
         """The users and their statuses; at most 10,000 of them."""
@@ -2647,6 +2665,15 @@ def expire_messages(store: StatusStore, finished: threading.Event) -> None:
 # ---- plans -------------------------------------------------------------------------------------
 
 
+def first_uid() -> int:
+    """The lowest uid of people's accounts, as in login.defs(5); system accounts have lower ones."""
+    text = ""
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/etc/login.defs").read_text("utf-8", "replace")
+    found = re.search(r"^\s*UID_MIN\s+([0-9]+)", text, re.MULTILINE)
+    return int(found[1]) if found else 1000
+
+
 class Plans:
     """Reads users' plans: DIR/USER for the directory `place`, or ~/.plan for the `place` "home".
 
@@ -2657,11 +2684,7 @@ class Plans:
     def __init__(self, place: str, store: StatusStore) -> None:
         self._place, self._store = place, store
         self._turn, self._reader = threading.Lock(), threading.Thread()
-        self._first_uid = 1000  # of people; system accounts have lower ones
-        with contextlib.suppress(OSError):
-            text = pathlib.Path("/etc/login.defs").read_text("utf-8", "replace")
-            found = re.search(r"^\s*UID_MIN\s+([0-9]+)", text, re.MULTILINE)
-            self._first_uid = int(found[1]) if found else 1000
+        self._first_uid = first_uid()
 
     def read(self, name: str) -> str:
         """The text of a user's plan; "" if there is none, or if it takes too long."""
