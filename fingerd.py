@@ -107,7 +107,7 @@ MAX_DATED = 100_000  # users in the file, if the dates of their lines are kept o
 MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
 FETCH_SECONDS = 10.0  # to get a users file from another server
-LOCKED_SECONDS = 0.4  # for a state file that is locked; a set may wait for two of them
+LOCKED_SECONDS = 0.4  # for a state file that another program has locked
 
 # Connections, for each server.
 CONNECTIONS = 10_000  # at the same time; fewer if the process may not have as many descriptors
@@ -809,6 +809,9 @@ class Message(NamedTuple):
     until: float | None = None  # when it is taken back; None for never
 
 
+Rows = Mapping[str, Any]  # of a table in the state file, by user
+
+
 class NotKept(Exception):
     """A message could not be kept, and nothing changed; the text says why in plain words."""
 
@@ -875,10 +878,12 @@ class Snapshot(NamedTuple):
         """How many users have a status."""
         return len(self.names) + len(self.others)
 
-    def line(self, user: str) -> tuple[str, float] | None:
-        """The user's status in the users file, and since when it says so."""
-        text = self.file.get(user)
-        return (text, self.dates.get(user, self.loaded)) if text else None
+    def lines(self) -> dict[str, tuple[str, float]]:
+        """The users file's statuses with their dates, unless they are too many to be kept."""
+        if len(self.file) > MAX_DATED:
+            return {}
+        dates, texts = self.dates, self.file.items()
+        return {user: (text, dates.get(user, self.loaded)) for user, text in texts if text}
 
     def settled(self, now: float) -> Snapshot:
         """The snapshot without the messages that are over, and with the `others` that follow.
@@ -900,7 +905,8 @@ class Snapshot(NamedTuple):
 class StateFile:
     """The messages and the dates of the users file's lines on disk. For one thread at a time.
 
-    Opened after privileges are dropped, because SQLite acts on every file beside a database.
+    Opened after privileges are dropped, because SQLite acts on every file beside a database; and
+    anew for each transaction, so that it may be replaced or copied at any other time.
     """
 
     APPLICATION_ID = 0x46494E47  # "FING", in the file's header
@@ -922,21 +928,32 @@ class StateFile:
             since REAL NOT NULL
         ) WITHOUT ROWID;
     """
-
-    UPGRADE = """
-        ALTER TABLE messages ADD COLUMN until REAL;
-        UPDATE OR REPLACE messages
-            SET user = clean(user), text = clean(text), covers = clean(covers);
-    """  # from version 1, which did not compose characters
+    COLUMNS = {  # beside the user
+        "messages": "text, max(0.0, min(since, :now)), covers, set_by, min(until, :last)",
+        "lines": "text, max(0.0, min(since, :now))",
+    }
+    FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Open the file, or make it, and read it; NotKept if that is not possible."""
+        """Lock the file, or make it, and read it; NotKept if that is not possible."""
         self._path, self._opened = path, contextlib.ExitStack()
-        self.close = self._opened.close  # after which the file needs no log beside it
+        self._file: dict[str, str] = {}  # the users file whose lines are on disk
+        self.close = self._opened.close
         if not sqlite3:
             raise NotKept(f"{path}: this Python has no sqlite3")
         try:
-            self._open()
+            # A lock on the database itself would be lost whenever SQLite closes a descriptor.
+            lock = os.open(f"{path}-lock", self.FLAGS, 0o600)
+            self._opened.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with self._transaction() as db:
+                (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+                if verdict != "ok":
+                    raise OSError("damaged: " + verdict.splitlines()[-1])
+                now = time.time()
+                db.execute("DELETE FROM messages WHERE until <= ?", (now,))
+                self.messages = self._read(db, "messages", now)
+                self.lines = self._read(db, "lines", now)
         except (OSError, sqlite3.Error) as problem:
             self.close()
             words = getattr(problem, "strerror", None) or problem
@@ -945,106 +962,67 @@ class StateFile:
                 words, remedy = "another fingerd is using it", "stop that one"
             raise NotKept(f"{path}: {words}; {remedy} (see --state)") from None
 
-    def _open(self) -> None:
-        """Lock, open and read the file; OSError if it is foreign, and left alone."""
-        self.close()
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        os.close(os.open(self._path, flags, 0o600))  # SQLite would let others read it
-        # A lock on the database itself would be lost whenever SQLite closes a descriptor.
-        lock = os.open(f"{self._path}-lock", flags, 0o600)
-        self._opened.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._db = sqlite3.connect(
-            self._path, timeout=LOCKED_SECONDS, isolation_level=None, check_same_thread=False
-        )
-        self._opened.callback(self._db.close)
-        self._prepare()
-        self.kept = self._read()
-        self._seen, self._is_in_step = os.lstat(self._path), True
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """A transaction in the file, which is on disk at its end and closed again."""
+        os.close(os.open(self._path, self.FLAGS, 0o600))  # SQLite would let others read it
+        db = sqlite3.connect(self._path, timeout=LOCKED_SECONDS, isolation_level=None)
+        with contextlib.closing(db):
+            self._begin(db)
+            try:
+                with db:
+                    yield db
+            except sqlite3.Error:  # the next start must not find parts of it in the log
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute(f"PRAGMA user_version = {self.VERSION}")
+                raise
 
-    def _prepare(self) -> None:
-        """Make a new database ours, and check it; OSError if it cannot be used."""
-        (application,) = self._db.execute("PRAGMA application_id").fetchone()
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        tables = self._db.execute("SELECT name FROM sqlite_master").fetchall()
+    def _begin(self, db: sqlite3.Connection) -> None:
+        """Begin a transaction; OSError if the file is foreign, and left alone."""
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        tables = db.execute("SELECT name FROM sqlite_master").fetchall()
         if application != self.APPLICATION_ID and (application or tables):
             raise OSError("not a fingerd state file")
         if version > self.VERSION:
             raise OSError("made by a newer fingerd")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
         # Each commit goes on into the database, so that nothing is lost with the log beside it.
-        self._db.execute("PRAGMA wal_autocheckpoint = 1")
-        self._db.create_function("clean", 1, lambda text: text and clean(text))
-        upgrade = self.UPGRADE if version == 1 else ""
-        self._db.executescript(f"BEGIN IMMEDIATE; {upgrade} {self.SCHEMA} COMMIT")
-        (verdict,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise OSError("damaged: " + verdict.splitlines()[-1])
+        db.execute("PRAGMA wal_autocheckpoint = 1")
+        upgrade = "ALTER TABLE messages ADD COLUMN until REAL;" if version == 1 else ""
+        schema = self.SCHEMA if version < self.VERSION else ""
+        db.executescript(f"BEGIN IMMEDIATE; {upgrade} {schema}")
 
-    def _read(self) -> Snapshot:
-        """What the file holds, without messages that are over; a clock may have been wrong."""
-        now = time.time()
-        self._db.execute("DELETE FROM messages WHERE until <= ?", (now,))
-        messages = self._db.execute(
-            "SELECT user, text, max(0.0, min(since, ?)), covers, set_by, min(until, ?)"
-            " FROM messages",
-            (now, now + MAX_AHEAD),
-        )
-        query = "SELECT user, text, max(0.0, min(since, ?)) FROM lines"
-        lines = self._db.execute(query, (now,)).fetchall()
-        return Snapshot(
-            file={user: text for user, text, _ in lines},
-            dates={user: since for user, _, since in lines},
-            messages={user: Message(*more) for user, *more in messages},
-        )
+    def _read(self, db: sqlite3.Connection, table: str, now: float = math.inf) -> Rows:
+        """The rows of a table; a time that is too late for the time `now` is put right."""
+        query = f"SELECT user, {self.COLUMNS[table]} FROM {table}"
+        rows = db.execute(query, {"now": now, "last": now + MAX_AHEAD})
+        return {user: tuple(more) for user, *more in rows}
 
     def write(self, new: Snapshot) -> None:
-        """Put the messages and, unless they are too many, the lines of `new` on disk.
-
-        After NotKept, the file may hold parts of `new`. The next call makes up for it.
-        """
-        wanted = new if len(new.file) <= MAX_DATED else Snapshot(messages=new.messages)
+        """Put the messages and the lines of `new` on disk; NotKept if that is not possible."""
         try:
-            self._reopen()
-            self._commit(self.kept, wanted)
+            with self._transaction() as db:
+                there = self._read(db, "messages")
+                if there != self.messages:
+                    log.warning("%s: changed by others, and put right", self._path)
+                self._replace(db, "messages", there, new.messages)
+                if new.file is not self._file:
+                    self._replace(db, "lines", self._read(db, "lines"), new.lines())
         except (OSError, sqlite3.Error) as problem:
             raise NotKept(f"could not be kept: {problem}") from None
-        self.kept = wanted
+        self.messages, self._file = new.messages, new.file
 
-    def _reopen(self) -> None:
-        """Open the file again if a write failed, or if it was removed, replaced or cut off."""
-        is_same = False
-        with contextlib.suppress(FileNotFoundError):
-            found, seen = os.lstat(self._path), self._seen
-            is_same = os.path.samestat(found, seen) and found.st_size >= seen.st_size
-        if is_same and self._is_in_step:
-            return
-        self.close()
-        for log_of_another in () if is_same else ("-wal", "-shm"):
-            pathlib.Path(f"{self._path}{log_of_another}").unlink(missing_ok=True)
-        self._open()
-        log.warning("%s: opened again, to be put right", self._path)
-
-    def _commit(self, old: Snapshot, new: Snapshot) -> None:
-        """Turn the rows of `old` into those of `new`, in one transaction."""
-        users = {*old.messages, *new.messages}
-        if new.file is not old.file:
-            users.update(old.file, new.file)
-        rows: list[tuple[str, str, Any]] = [("messages", u, new.messages.get(u)) for u in users]
-        rows = [row for row in rows if old.messages.get(row[1]) != row[2]]
-        rows += [("lines", u, new.line(u)) for u in users if old.line(u) != new.line(u)]
-        if not rows:
-            return
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")  # fails while another program writes
-            self._is_in_step = False
-            for table, user, row in rows:
-                self._db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
+    def _replace(self, db: sqlite3.Connection, table: str, old: Rows, new: Rows) -> None:
+        """Turn the rows of a table from `old` into `new`."""
+        for user in {**old, **new}:
+            row = new.get(user)
+            if row != old.get(user):
+                db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
                 if row:
                     places = ", ?" * len(row)
-                    self._db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *row))
-        self._seen, self._is_in_step = os.lstat(self._path), True
+                    db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *row))
 
 
 class StatusStore:
@@ -1059,7 +1037,7 @@ class StatusStore:
     def __init__(self) -> None:
         self._state: StateFile | None = None
         self._writing = threading.Lock()
-        # Calls of `set` that wait for a commit: the name, the message and what is returned.
+        # Calls of `set` that wait for a commit: the name, the message, and for the user or "".
         self._orders: collections.deque[tuple[str, Message, Future[str]]] = collections.deque()
         self._changes: collections.deque[tuple[int, str, str]]
         self._changes = collections.deque(maxlen=MAX_CHANGES)
@@ -1072,21 +1050,22 @@ class StatusStore:
         Called once, after the users file was loaded; no change is announced.
         """
         with self._writing:
-            self._state, now, kept = state, self._now, state.kept
-            same = [user for user, text in kept.file.items() if now.file.get(user) == text]
-            dates = {**{user: kept.dates[user] for user in same}, **now.dates}
-            when = max([now.changed, *(message.since for message in kept.messages.values())])
-            self._publish(now._replace(messages=kept.messages, dates=dates), when)
+            self._state, now = state, self._now
+            lines = state.lines.items()
+            dates = {user: since for user, (text, since) in lines if now.file.get(user) == text}
+            messages = {  # version 1 did not compose characters
+                clean(user): Message(clean(text), since, covers and clean(covers), *more)
+                for user, (text, since, covers, *more) in state.messages.items()
+            }
+            when = max([now.changed, *(message.since for message in messages.values())])
+            self._publish(now._replace(messages=messages, dates={**dates, **now.dates}), when)
 
     def snapshot(self) -> Snapshot:
         """All that is visible now, consistent in itself."""
         return self._now
 
     def changes_after(self, version: int) -> list[tuple[int, str, str]]:
-        """The statuses that became visible since: the version of each, its user and its text.
-
-        The oldest comes first; only MAX_CHANGES are remembered.
-        """
+        """The last MAX_CHANGES statuses that became visible since: versions, users and texts."""
         return [change for change in self._changes.copy() if change[0] > version]
 
     def replace_file(self, users: UsersFile, when: float) -> bool:
@@ -1098,8 +1077,7 @@ class StatusStore:
         with self._writing:
             old, texts, first = self._now, users.texts, not self._now.version
             changed = [user for user, text in texts.items() if old.file.get(user) != text]
-            is_same = not changed and len(texts) == len(old.file) and users.dates is None
-            if is_same and not first:
+            if not (first or changed or len(texts) < len(old.file) or users.dates is not None):
                 return False
             if first:
                 old, changed = old._replace(loaded=when), []
@@ -1134,14 +1112,18 @@ class StatusStore:
         with self._writing:
             if not outcome.done():
                 self._carry_out()
-        return outcome.result(0)
+        kept = outcome.result(0)
+        if not kept:
+            raise NotKept("could not be kept")
+        return kept
 
     def _carry_out(self) -> None:
         """Commit and publish all orders, and note each one's outcome."""
         old, when = self._now, time.time()
         messages, users = dict(old.messages), {}
-        # Those whom `find` does not see, and newcomers; their case does not matter, too.
-        unseen = {user.casefold(): user for user in messages if not old.get(user).text}
+        # Those whose message is hidden, and newcomers, by casefold: `find` does not know them.
+        covers = old.file.get
+        unseen = {u.casefold(): u for u, m in messages.items() if m.covers != covers(u)}
         while self._orders:
             name, message, outcome = self._orders.popleft()
             user = old.find(name) or unseen.setdefault(name.casefold(), name)
@@ -1151,23 +1133,16 @@ class StatusStore:
             users[outcome] = user
         new = old._replace(messages=messages)
         is_kept = self._publish(new, when, users.values(), only_if_kept=True)
-        if self._state and not is_kept:
-            with contextlib.suppress(NotKept):
-                self._state.write(old)  # the next start must not find parts of `new`
         for outcome, user in users.items():
-            if is_kept:
-                outcome.set_result(user)
-            else:
-                outcome.set_exception(NotKept("could not be kept"))
+            outcome.set_result(user if is_kept else "")
 
     def _publish(
         self, new: Snapshot, when: float, users: Iterable[str] = (), only_if_kept: bool = False
     ) -> bool:
-        """Put `new`, without messages that are over, on disk and make it visible.
+        """Put `new`, without the messages that are over, on disk and make it visible.
 
         `users` are those whose lines or messages were replaced. What cannot be put on disk is tried
-        again with the next change, or is not made visible if it was made `only_if_kept`; returns
-        whether it is.
+        again with the next change; if `only_if_kept`, it does not become visible (False).
         """
         old, new, version = self._now, new.settled(when), self._now.version + 1
         changed = dict.fromkeys([*users, *(u for u in old.messages if u not in new.messages)])

@@ -1595,7 +1595,7 @@ class StoreTest(Case):
 
     def test_two_spellings_of_a_new_name_make_one_user(self) -> None:
         begun, go_on = threading.Event(), threading.Event()
-        state = mock.Mock(kept=fingerd.Snapshot())
+        state = mock.Mock(messages={}, lines={})
         self.store.restore(state)
         state.write.side_effect = lambda *_: begun.set() or go_on.wait()
         with ThreadPoolExecutor(4) as pool:
@@ -4955,7 +4955,6 @@ class DurabilityTest(Case):
             "removed": pathlib.Path.unlink,
             "replaced": replace,
             "cut": lambda path: os.truncate(path, 0),
-            "its log removed": lambda path: pathlib.Path(f"{path}-wal").unlink(),
         }.items():
             with self.subTest(title):
                 service = self.launch()
@@ -5016,7 +5015,7 @@ class DurabilityTest(Case):
             shutil.copy(service.folder / name, service.folder / f"copy-{name}")
         state = fingerd.StateFile(service.folder / "copy-state.db")
         state.close()
-        found = {"zed": "none", **{user: each.text for user, each in state.kept.messages.items()}}
+        found = {"zed": "none", **{user: row[0] for user, row in state.messages.items()}}
         self.assertEqual(found, {"shawn": "first", "zed": kept[-1]})
 
     def test_the_default_state_file_is_used_or_ends_the_start(self) -> None:
@@ -5137,10 +5136,8 @@ import fingerd; sys.exit(fingerd.main())"""
         for n in range(60):
             message = fingerd.Message(str(n).rjust(1_000), 1.0, None, "")
             state.write(fingerd.Snapshot(messages={f"u{i}": message for i in range(150)}))
-        self.assertLess(log.stat().st_size, 6_000_000)
         self.assertLess(path.stat().st_size, 1_000_000)
-        state.close()
-        self.assertFalse(log.exists() and log.stat().st_size)
+        self.assertFalse(log.exists())
 
     def test_ceiling_on_messages(self) -> None:
         store = make_store({})
