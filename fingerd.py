@@ -1274,6 +1274,13 @@ ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"
 ALLOWED = "Access-Control-Allow-Methods: GET, HEAD\r\nAccess-Control-Allow-Headers: *\r\n"
 
 
+def status_html(status: Status) -> str:
+    """A status and its times."""
+    until = f", until {html_time(status.until)}" if status.until else ""
+    times = f"since {html_time(status.since)}{until}"
+    return f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
+
+
 def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
     """The page of one user, who may be unknown."""
     feed = user_url(policy.public_url, user) + "?format=atom"
@@ -1284,13 +1291,8 @@ def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
         command = f"finger {shlex.quote(f'{user}@{policy.finger_host}')}"
         links.append(f"<code>{html.escape(command)}</code>")
     links.append(f'<a href="{feed}">feed</a>')
-    main = ""
-    if status.text:
-        until = f", until {html_time(status.until)}" if status.until else ""
-        times = f"since {html_time(status.since)}{until}"
-        main = f"<p>{html_status(status.text)}</p>\n<p>{times}</p>\n"
-    if plan:
-        main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n"
+    main = status_html(status) if status.text else ""
+    main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n" if plan else ""
     return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", feed)
 
 
@@ -1325,6 +1327,13 @@ def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
     return heapq.nlargest(count, now.users(), key=lambda item: int(item[1].since))
 
 
+def row_html(user: str, status: Status, policy: Policy) -> str:
+    """A user in the list."""
+    link = f'<a href="{user_url(policy.public_url, user)}">{html.escape(user)}</a>'
+    text, since = html_status(status.text), html_time(status.since)
+    return f"<dt>{link}</dt><dd>{text}</dd><dd>{since}</dd>\n"
+
+
 def list_html(now: Snapshot, policy: Policy) -> str:
     """The page at /: how to ask for a user and, unless that is private, the newest statuses."""
     title, usage = f"Statuses at {policy.finger_host}", "usage: site/user"
@@ -1332,11 +1341,7 @@ def list_html(now: Snapshot, policy: Policy) -> str:
         return html_page(title, f"<p>The list of users is private here</p>\n<nav>{usage}</nav>")
     feed = html.escape(policy.public_url) + "?format=atom"
     main = f'<p>What everybody here is up to</p>\n<nav>{usage} · <a href="{feed}">feed</a></nav>\n'
-    rows = [
-        f'<dt><a href="{user_url(policy.public_url, user)}">{html.escape(user)}</a></dt>'
-        f"<dd>{html_status(text)}</dd><dd>{html_time(since)}</dd>\n"
-        for user, (text, since, _) in newest(now, MAX_LISTED)
-    ]
+    rows = [row_html(user, status, policy) for user, status in newest(now, MAX_LISTED)]
     main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else NO_STATUS
     more = now.size() - len(rows)
     main += f"<p>... and {more} more</p>\n" if more else ""
@@ -1357,22 +1362,20 @@ LIST_PAGES: Mapping[str, Callable[[Snapshot, Policy], Iterable[str]]] = {  # in 
 }
 
 
-def conditional_status(headers: Mapping[str, str], page: Page) -> int:
-    """The status of the response by the conditions of a GET (RFC 9110, section 13.2.2).
+def is_wanted(headers: Mapping[str, str], page: Page) -> bool:
+    """Whether the client wants the page as it is now (RFC 9110, section 13.2.2)."""
+    tags, date = headers.get("if-match"), headers.get("if-unmodified-since")
+    if tags is not None:  # a weak tag, W/"...", does not count here
+        return tags == "*" or page.etag in split_list(tags)
+    return date is None or page.modified <= parse_http_time(date)
 
-    It is 304 if the client has the page, and 412 if it wants no other than one that it has.
-    """
-    wanted, known = headers.get("if-match"), headers.get("if-none-match")
-    date = headers.get("if-unmodified-since")
-    if wanted is not None:  # a weak tag, W/"...", does not count here
-        if wanted != "*" and page.etag not in split_list(wanted):
-            return 412
-    elif date is not None and page.modified > parse_http_time(date):
-        return 412
-    if known is not None:
-        return 304 if known == "*" or page.etag in known else 200
-    is_same = page.modified and headers.get("if-modified-since") == http_time(page.modified)
-    return 304 if is_same else 200
+
+def is_known(headers: Mapping[str, str], page: Page) -> bool:
+    """Whether the client has the page as it is now."""
+    tags, date = headers.get("if-none-match"), headers.get("if-modified-since")
+    if tags is not None:
+        return tags == "*" or page.etag in tags
+    return page.modified > 0 and date == http_time(page.modified)
 
 
 class WebAnswers:
@@ -1385,19 +1388,21 @@ class WebAnswers:
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
         self._lists: dict[str, tuple[int, Page]] = {}  # and the versions of the store
-        self._remembered = functools.lru_cache(MAX_PAGES)(self._user)
+        self._remembered = functools.lru_cache(MAX_PAGES)(self._make_user)
+
+    def _allowed(self, path: str) -> list[str]:
+        """The methods that can be used there."""
+        is_rpc = path == "/RPC2"
+        methods = [] if is_rpc and not self._store.snapshot().find("RPC2") else ["GET", "HEAD"]
+        methods += ["POST"] * (is_rpc or path == "/")  # some clients post their calls to /
+        return methods + ["OPTIONS"] * (not is_rpc and self._policy.public_url != "/")
 
     def refusal(self, request: HttpRequest) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
-        if request.problem:
-            return error_page(request.problem)
-        is_rpc, is_public = request.path == "/RPC2", self._policy.public_url != "/"
-        allowed = [] if is_rpc and not self._store.snapshot().find("RPC2") else ["GET", "HEAD"]
-        allowed += ["POST"] * (is_rpc or request.path == "/")  # some clients post their calls to /
-        allowed += ["OPTIONS"] * (is_public and not is_rpc)
-        if request.method in allowed:
+        allowed = self._allowed(request.path)
+        if request.method in allowed and not request.problem:
             return None
-        page = error_page(405)
+        page = error_page(request.problem or 405)
         return page._replace(headers=f"Allow: {', '.join(allowed)}\r\n{page.headers}")
 
     def page(self, request: HttpRequest, plan: str = "") -> Page:
@@ -1405,17 +1410,11 @@ class WebAnswers:
         name = choose_format(request.query, request.headers.get("accept", ""))
         if not name:
             return error_page(406, f"The formats are {', '.join(FORMATS)}.")
-        now = self._store.snapshot()
-        if request.path == "/":
-            return self._list(name, now)
-        user = now.find(request.user)
-        status = now.get(user)
-        make = self._user if plan else self._remembered
-        return make(name, user or request.user[:MAX_NAME], status, plan)
+        return self._list(name) if request.path == "/" else self._user(name, request.user, plan)
 
-    def _list(self, name: str, now: Snapshot) -> Page:
+    def _list(self, name: str) -> Page:
         """The list of all users in the format `name`."""
-        is_private = self._policy.private
+        now, is_private = self._store.snapshot(), self._policy.private
         if is_private and name != "html":
             return error_page(403, "The list of users is private here.")
         version, page = self._lists.get(name, (-1, None))
@@ -1426,8 +1425,16 @@ class WebAnswers:
             self._lists[name] = now.version, page
         return page
 
-    def _user(self, name: str, user: str, status: Status, plan: str) -> Page:
-        """The page of one user, who may be unknown. With a plan it has no date."""
+    def _user(self, name: str, asked: str, plan: str) -> Page:
+        """The page of the user called so, who may be unknown."""
+        now = self._store.snapshot()
+        user = now.find(asked)
+        status = now.get(user) or Status("", -1.0)
+        make = self._make_user if plan else self._remembered
+        return make(name, user or asked[:MAX_NAME], status, plan)
+
+    def _make_user(self, name: str, user: str, status: Status, plan: str) -> Page:
+        """The page of one user. With a plan it has no date."""
         text = USER_PAGES[name](user, status, self._policy, plan)
         is_found = status.text or (plan and name in ("html", "json"))
         since = status.since if status.text and not plan else -1
@@ -1437,8 +1444,10 @@ class WebAnswers:
         """The pieces of the response with `page` to `request` at the time `now`."""
         status, more = page.status, ""
         if status == 200 and request.method != "POST":
-            status = conditional_status(request.headers, page)
-            page = error_page(412) if status == 412 else page
+            if not is_wanted(request.headers, page):
+                status, page = 412, error_page(412)
+            elif is_known(request.headers, page):
+                status = 304
         if self._store.problems:  # monitors look for them
             more = f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
         if self._policy.public_url != "/" and request.method != "POST" and request.path != "/RPC2":
@@ -2351,13 +2360,11 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return Reply(pieces, request.size, not request.keep)
 
     def do_GET(self) -> Page | Callable[[], Page]:
-        request, answers, site = self.request, self.server.answers, self.server.site
-        plans, is_list = site.plans, request.path == "/"
-        if is_list and site.store.snapshot().size() > MAX_SHORT_LIST:
-            return self.list_page
-        if plans and not is_list:
-            return lambda: answers.page(request, plans.read(request.user))
-        return answers.page(request)
+        site, answers = self.server.site, self.server.answers
+        if self.request.path == "/":
+            is_long = site.store.snapshot().size() > MAX_SHORT_LIST
+            return self.list_page if is_long else answers.page(self.request)
+        return self.plan_page if site.plans else answers.page(self.request)
 
     do_HEAD = do_GET  # the response leaves out the body
 
@@ -2365,6 +2372,11 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         """The list of all users; one thread makes it, for all that wait for it."""
         with self.server.listing:
             return self.server.answers.page(self.request)
+
+    def plan_page(self) -> Page:
+        """The page of a user, whose plan is read from the disk."""
+        plan = self.server.read_plan(self.request.user)
+        return self.server.answers.page(self.request, plan)
 
     def do_POST(self) -> Page | Callable[[], Page]:
         content_type = self.request.headers.get("content-type", "")
@@ -2386,9 +2398,9 @@ class WebServer(Server):
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener, site)
-        read_plan = site.plans.read if site.plans else lambda _: ""
+        self.read_plan = site.plans.read if site.plans else lambda _: ""
         self.answers = WebAnswers(site.store, site.policy)
-        self.rpc = RpcAnswers(site.store, site.policy, read_plan)
+        self.rpc = RpcAnswers(site.store, site.policy, self.read_plan)
         self.listing = threading.Lock()  # held while a list of all users is made
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
