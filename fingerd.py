@@ -2022,8 +2022,9 @@ class Server(socketserver.ThreadingTCPServer):
         connection: Connection = request
         if connection.events:
             self.selector.unregister(connection.sock)
-        self.connections.pop(connection, None)
-        self.heavy.pop(connection, None)
+        if connection.network:
+            self.connections.pop(connection, None)
+            self.heavy.pop(connection, None)
         connection.state = CLOSED
         connection.sock.close()
 
@@ -2067,7 +2068,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def wait(self, connection: Connection, events: int = selectors.EVENT_READ) -> None:
         """Let a connection wait for events, or for a worker (0)."""
-        if connection not in self.connections:
+        if not connection.network:
             self.add(connection)
         if events != connection.events:
             if not connection.events:
@@ -2087,7 +2088,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Count a connection as one that waits or works; evict others if there are too many."""
         if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 20):
             raise ConnectionAbortedError("too many connections")
-        connection.network = connection.network or network_of(str(connection))
+        connection.network = network_of(str(connection))
         self.connections[connection] = None
 
     def evict(self, count: int) -> bool:
@@ -2132,8 +2133,8 @@ class Server(socketserver.ThreadingTCPServer):
     def await_request(self, connection: Connection) -> None:
         """Wait for the client's next request."""
         connection.deadline = time.monotonic() + self.seconds
-        self.connections.pop(connection, None)  # to be the last one there: it is not idle
         self.wait(connection)
+        self.connections[connection] = self.connections.pop(connection)  # it is not idle: the last
         if connection.pipelined:  # after the turn of the others
             self.hand_back(connection)
 
