@@ -2793,6 +2793,9 @@ class IrcBot(threading.Thread):
 
 # ---- the process -------------------------------------------------------------------------------
 
+DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
+
 
 class FloodFilter(logging.Filter):
     """Limits the log lines that clients can cause: FLOOD_LINES of a kind in FLOOD_SECONDS."""
@@ -2809,9 +2812,6 @@ class FloodFilter(logging.Filter):
         if self._counts[kind] == FLOOD_LINES:
             record.msg += " (more like this are not logged for a while)"
         return self._counts[kind] <= FLOOD_LINES
-
-
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
 
 
 def is_journal() -> bool:
@@ -2865,11 +2865,8 @@ class LogWriter(logging.Handler):
         super().close()
 
 
-DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
-
-
 def listen(name: str, address: str) -> socket.socket:
-    """A listening socket for the server `name`: see EPILOG."""
+    """A listening socket of the server `name`, at an ADDRESS of the command line."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or DEFAULT_ADDRESSES[name].rpartition(":")[0]
     both = not host and socket.has_dualstack_ipv6()
@@ -2957,6 +2954,13 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
 # 6. command line: options, privileges, the start and the end
 # ================================================================================================
 
+EPILOG = """
+ADDRESS is PORT, HOST:PORT, [IPV6]:PORT or off; port 0 is any free port. Without a host, the finger
+and web servers listen on all addresses of this machine, IPv4 and IPv6, the setter on 127.0.0.1.
+SIGHUP reloads the users file at once; SIGTERM and SIGINT stop the service. The exit status is 0
+for success, 1 if the service cannot start or --check finds problems, 2 for wrong options.
+"""
+
 
 def parse_public_url(text: str) -> str:
     """An http(s) address, with a slash at its end."""
@@ -3009,14 +3013,6 @@ def irc_options(options: argparse.Namespace) -> IrcOptions:
     if not irc.tls and (irc.account or irc.certificate or irc.fingerprint):
         raise StartError("--irc-plaintext: an account, a certificate or a fingerprint needs TLS")
     return irc
-
-
-EPILOG = """
-ADDRESS is PORT, HOST:PORT, [IPV6]:PORT or off; port 0 is any free port. Without a host, the finger
-and web servers listen on all addresses of this machine, IPv4 and IPv6, the setter on 127.0.0.1.
-SIGHUP reloads the users file at once; SIGTERM and SIGINT stop the service. The exit status is 0
-for success, 1 if the service cannot start or --check finds problems, 2 for wrong options.
-"""
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -3136,6 +3132,7 @@ def make_policy(options: argparse.Namespace) -> Policy:
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=options.hostname[0] if options.hostname else public,
+        finger_port=0 if options.finger else 79,
         public_url=url or "/",
         feed_root=url or Policy().feed_root,
     )
@@ -3162,9 +3159,7 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
     if path:
         restore_messages(store, path, is_default=not options.state)
-    ports = {name: listener.getsockname()[1] for name, listener in listeners}
-    policy = make_policy(options)._replace(finger_port=ports.get("finger", 0))
-    site = Site(store, policy, plans, reloader.refresh)
+    site = Site(store, make_policy(options), plans, reloader.refresh)
     kinds = {kind.name: kind for kind in (FingerServer, SetterServer, WebServer)}
     servers: list[Server] = [kinds[name](listener, site) for name, listener in listeners]
     return store, reloader, servers, bots
