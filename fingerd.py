@@ -809,9 +809,6 @@ class Message(NamedTuple):
     until: float | None = None  # when it is taken back; None for never
 
 
-Rows = Mapping[str, Any]  # of a table in the state file, by user
-
-
 class NotKept(Exception):
     """A message could not be kept, and nothing changed; the text says why in plain words."""
 
@@ -888,12 +885,14 @@ class Snapshot(NamedTuple):
     def settled(self, now: float) -> Snapshot:
         """The snapshot without the messages that are over, and with the `others` that follow.
 
-        A message is over if it has expired, or if the file says something else than it covers.
+        A message is over if it has no text, if it has expired, or if the file says something else
+        than it covers.
         """
         messages = {
             user: message
             for user, message in self.messages.items()
-            if self.file.get(user, message.covers) == message.covers
+            if message.text
+            and self.file.get(user, message.covers) == message.covers
             and (message.until is None or message.until > now)
         }
         others = sorted_in_slices(
@@ -923,9 +922,7 @@ class StateFile:
             until REAL            -- when it is taken back, NULL for never
         ) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS lines (
-            user TEXT PRIMARY KEY,
-            text TEXT NOT NULL,
-            since REAL NOT NULL
+            user TEXT PRIMARY KEY, text TEXT NOT NULL, since REAL NOT NULL
         ) WITHOUT ROWID;
     """
     COLUMNS = {  # beside the user
@@ -994,8 +991,8 @@ class StateFile:
         schema = self.SCHEMA if version < self.VERSION else ""
         db.executescript(f"BEGIN IMMEDIATE; {upgrade} {schema}")
 
-    def _read(self, db: sqlite3.Connection, table: str, now: float = math.inf) -> Rows:
-        """The rows of a table; a time that is too late for the time `now` is put right."""
+    def _read(self, db: sqlite3.Connection, table: str, now: float = math.inf) -> dict[str, Any]:
+        """The rows of a table by user; a time that is too late for the time `now` is put right."""
         query = f"SELECT user, {self.COLUMNS[table]} FROM {table}"
         rows = db.execute(query, {"now": now, "last": now + MAX_AHEAD})
         return {user: tuple(more) for user, *more in rows}
@@ -1004,25 +1001,26 @@ class StateFile:
         """Put the messages and the lines of `new` on disk; NotKept if that is not possible."""
         try:
             with self._transaction() as db:
-                there = self._read(db, "messages")
-                if there != self.messages:
-                    log.warning("%s: changed by others, and put right", self._path)
-                self._replace(db, "messages", there, new.messages)
+                found = self._replace(db, "messages", new.messages)
                 if new.file is not self._file:
-                    self._replace(db, "lines", self._read(db, "lines"), new.lines())
+                    self._replace(db, "lines", new.lines())
         except (OSError, sqlite3.Error) as problem:
             raise NotKept(f"could not be kept: {problem}") from None
+        if found != self.messages:
+            log.warning("%s: somebody else changed it, and it is put right", self._path)
         self.messages, self._file = new.messages, new.file
 
-    def _replace(self, db: sqlite3.Connection, table: str, old: Rows, new: Rows) -> None:
-        """Turn the rows of a table from `old` into `new`."""
-        for user in {**old, **new}:
-            row = new.get(user)
+    def _replace(self, db: sqlite3.Connection, table: str, rows: dict[str, Any]) -> dict[str, Any]:
+        """Let a table have these rows; returns those that it had."""
+        old = self._read(db, table)
+        for user in {**old, **rows}:
+            row = rows.get(user)
             if row != old.get(user):
                 db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
                 if row:
                     places = ", ?" * len(row)
                     db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *row))
+        return old
 
 
 class StatusStore:
@@ -1045,10 +1043,7 @@ class StatusStore:
         self.problems: dict[str, str] = {}  # with the users file and the state file
 
     def restore(self, state: StateFile) -> None:
-        """Show the messages in `state`, date the file's lines by it, and keep all changes there.
-
-        Called once, after the users file was loaded; no change is announced.
-        """
+        """Show the messages in `state`, date the file's lines by it, and keep all changes there."""
         with self._writing:
             self._state, now = state, self._now
             lines = state.lines.items()
@@ -1128,8 +1123,6 @@ class StatusStore:
             name, message, outcome = self._orders.popleft()
             user = old.find(name) or unseen.setdefault(name.casefold(), name)
             messages[user] = message._replace(since=when, covers=old.file.get(user))
-            if not message.text:
-                del messages[user]
             users[outcome] = user
         new = old._replace(messages=messages)
         is_kept = self._publish(new, when, users.values(), only_if_kept=True)
@@ -1162,12 +1155,6 @@ class StatusStore:
                 self._changes.append((version, user, text))
         self._now = new._replace(version=version, changed=when)
         return True
-
-    def close(self) -> None:
-        """Close the state file, once nobody writes any more."""
-        with self._writing:
-            if self._state:
-                self._state.close()
 
 
 # ================================================================================================
@@ -3200,7 +3187,6 @@ def run(options: argparse.Namespace) -> None:
         server.shutdown()
     for thread in (*loops, *bots):
         thread.join(max(0.0, deadline - time.monotonic()))
-    store.close()
     log.info("stopped")
 
 

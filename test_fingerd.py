@@ -1658,12 +1658,12 @@ class StateFileTest(Case):
         for user, since, until in (("a", 1e20, 1e19), ("b", -1e15, None), ("c", 1.0, math.inf)):
             message = fingerd.Message("text", since, None, "", until)
             store._state.write(fingerd.Snapshot(messages={user: message}))
-        store.close()
+        store._state.close()
         store = self.run_over(moshez="file")
         for user, status in store.snapshot().users():
             self.assertTrue(0 <= status.since <= time.time(), user)
             self.assertTrue(not status.until or status.until < time.time() + 400 * 86_400, user)
-        store.close()
+        store._state.close()
 
     def test_messages_are_there_after_a_restart(self) -> None:
         for _ in range(3):
@@ -1673,7 +1673,7 @@ class StateFileTest(Case):
             store.set("zo\u00e9", FAMILY)
             store.set("shawn", "busy")
             store.set("shawn", "")
-            store.close()
+            store._state.close()
         self.assertEqual(seen, {"moshez": "mine", "shawn": "alive", "zo\u00e9": FAMILY})
 
     def test_an_edit_while_the_service_is_down_wins(self) -> None:
@@ -1682,7 +1682,7 @@ class StateFileTest(Case):
             seen = texts_of(store)
             if text != "edited":
                 store.set("moshez", "mine")
-            store.close()
+            store._state.close()
             self.assertEqual(seen, {"moshez": text})
 
     def test_a_message_that_could_not_be_removed_is_removed_later(self) -> None:
@@ -1695,10 +1695,10 @@ class StateFileTest(Case):
         self.assertEqual(texts_of(store), {"moshez": "edited"})
         db.execute("ROLLBACK")
         store.set("guest", "here")
-        store.close()
+        store._state.close()
         store = self.run_over(moshez="file")
         self.assertEqual(texts_of(store), {"moshez": "file", "guest": "here"})
-        store.close()
+        store._state.close()
 
     def test_a_message_that_came_to_its_end_while_the_service_was_down(self) -> None:
         store, now = self.run_over(moshez="file"), time.time()
@@ -1706,16 +1706,16 @@ class StateFileTest(Case):
         with mock.patch("time.time", return_value=now - 10):
             store.set("moshez", "mine", until=now - 1)
         self.assertEqual(texts_of(store), {"moshez": "mine", "guest": "mine"})
-        store.close()
+        store._state.close()
         for _ in range(2):
             store = self.run_over(moshez="file")
             self.assertEqual(texts_of(store), {"moshez": "file", "guest": "mine"})
             self.assertEqual(store.snapshot().get("guest").until, now + 1_000)
             self.assertEqual(store.changes_after(0), [])
-            store.close()
+            store._state.close()
         store = self.run_over()
         store.expire(now + 1_000)
-        store.close()
+        store._state.close()
         db = self.keep(sqlite3.connect(self.path))
         self.assertEqual(db.execute("SELECT user FROM messages").fetchall(), [])
         store = self.run_over(moshez="file")
@@ -1724,7 +1724,7 @@ class StateFileTest(Case):
         self.assertEqual(db.execute("SELECT user FROM messages").fetchall(), [("moshez",)])
         store.set("guest", "here")  # a commit takes with it what has expired
         self.assertEqual(db.execute("SELECT user FROM messages").fetchall(), [("guest",)])
-        store.close()
+        store._state.close()
 
     VERSION_1: ClassVar = """
         PRAGMA journal_mode = WAL; PRAGMA application_id = 0x46494E47; PRAGMA user_version = 1;
@@ -1745,12 +1745,12 @@ class StateFileTest(Case):
             store = self.run_over(**texts)
             self.assertEqual(texts_of(store), wanted)
             self.assertEqual(store.snapshot().get("moshez"), fingerd.Status("mine", 1700000000.25))
-            store.close()
+            store._state.close()
         store = self.run_over(**texts)
         store.set("shawn", "new", "::1", 1e12)
         for user in ("zo\u00e9", "amy"):
             store.set(user, "")
-        store.close()
+        store._state.close()
         db = self.keep(sqlite3.connect(self.path))
         self.assertEqual(db.execute("PRAGMA user_version").fetchone(), (2,))
         rows = db.execute("SELECT user, covers, set_by, until FROM messages").fetchall()
@@ -1762,8 +1762,8 @@ class StateFileTest(Case):
         store = fingerd.StatusStore()
         store.replace_file(fingerd.UsersFile(texts, []), when)
         store.restore(fingerd.StateFile(self.path))
-        self.addCleanup(store.close)
-        store.close()
+        self.addCleanup(store._state.close)
+        store._state.close()
         return {user: status.since for user, status in store.snapshot().users()}
 
     def test_lines_keep_their_dates_over_a_restart(self) -> None:
@@ -1774,7 +1774,7 @@ class StateFileTest(Case):
         store = self.run_over(b="y", c="z")
         texts = {"a": "x", "b": "new", "c": "z", "e": ""}
         store.replace_file(fingerd.UsersFile(texts, []), 5000.0)
-        store.close()
+        store._state.close()
         wanted = {"a": 5000.0, "b": 5000.0, "c": 4.0}
         self.assertEqual(self.since(6.0, a="x", b="new", c="z"), wanted)
         store, state = make_store({"a": "x", "b": "new", "c": "z"}), fingerd.StateFile(self.path)
@@ -1784,7 +1784,7 @@ class StateFileTest(Case):
             change()
             versions.append(db.execute("PRAGMA data_version").fetchone())
         store.set("b", "")
-        store.close()
+        store._state.close()
         self.assertEqual(versions[0], versions[1], "nothing is written if nothing changed")
         self.assertNotEqual(versions[1], versions[2])
         self.patch(MAX_DATED=2)
@@ -4825,7 +4825,7 @@ class DurabilityTest(Case):
 
     def test_setters_that_wait_share_a_commit(self) -> None:
         store, sizes = make_store({}, fingerd.StateFile(self.folder() / "state.db")), []
-        self.addCleanup(store.close)
+        self.addCleanup(store._state.close)
         write = fingerd.StateFile.write
 
         def slow_write(state: Any, new: Any, *users: Any) -> None:
