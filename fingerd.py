@@ -435,7 +435,7 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     """The status that refuses a request with these headers, or 0."""
     host = headers.get("host", "missing!" if http_1_1 else "")
     length = headers.get("content-length", "0")
-    # If there are two, a comma stands between them.
+    # A repeated header has a comma in its value, which neither pattern accepts.
     if (host and not re.fullmatch(HOST, host)) or not re.fullmatch("[0-9]{1,99}", length):
         return 400
     if "transfer-encoding" in headers:
@@ -1386,10 +1386,12 @@ class WebAnswers:
 
     def refusal(self, request: HttpRequest) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
+        if request.problem:
+            return error_page(request.problem)
         allowed = self._allowed(request.path)
-        if request.method in allowed and not request.problem:
+        if request.method in allowed:
             return None
-        page = error_page(request.problem or 405)
+        page = error_page(405)
         return page._replace(headers=f"Allow: {', '.join(allowed)}\r\n{page.headers}")
 
     def page(self, request: HttpRequest, plan: str = "") -> Page:

@@ -2512,8 +2512,7 @@ class WebTest(SharedCase):
                     self.assertEqual(first.headers.get("connection"), "close")
                 if b"keep-alive" in data:
                     self.assertEqual(first.headers.get("connection"), "keep-alive")
-                if status == 405:
-                    self.assertRegex(first.headers["allow"], r"\A(GET, HEAD|POST)")
+                self.assertEqual("allow" in first.headers, status == 405)
                 self.assertNotRegex(first.body, rb"xxxx|BREW|image/png|smuggled")
 
     def test_pipelined_and_piecemeal_requests(self) -> None:
