@@ -1536,14 +1536,23 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         return {user: status.text for user, status in users}
 
     def system_multicall(self, call_list: list[Any]) -> list[Any]:
-        """Up to 100 calls of getStatus and getUser; the results are lists of one, or faults."""
-        for call in call_list:
-            name = call.get("methodName") if isinstance(call, dict) else None
-            if name not in SHORT_CALLS or not isinstance(call.get("params"), list):
-                raise Fault(INVALID_PARAMS, "only getStatus and getUser can be called together")
+        """Up to 100 calls of getStatus and getUser: for each a list with its result, or a fault."""
         if len(call_list) > MAX_MULTICALL:
             raise Fault(INVALID_PARAMS, f"more than {MAX_MULTICALL} calls")
-        return super().system_multicall(call_list)
+        results: list[Any] = []
+        for call in call_list:
+            try:
+                results.append([self._short_call(call)])
+            except Fault as fault:
+                results.append({"faultCode": fault.faultCode, "faultString": fault.faultString})
+        return results
+
+    def _short_call(self, call: Any) -> Any:
+        """The result of one of many calls."""
+        name, params = map(call.get, ("methodName", "params")) if isinstance(call, dict) else (0, 0)
+        if name not in SHORT_CALLS or not isinstance(params, list):
+            raise Fault(INVALID_PARAMS, "only getStatus and getUser can be called together")
+        return self._dispatch(name, params)
 
 
 # ---- IRC -------------------------------------------------------------------------------------
@@ -1974,6 +1983,8 @@ class Server(socketserver.ThreadingTCPServer):
                     return
                 connection.ended = not chunk
                 connection.received += chunk
+                if len(chunk) == RECEIVE_BYTES:  # more may be there, to be read before the end
+                    self.wait(connection)
             connection.pipelined = False
             reply = self.reply(connection.received, connection.ended, connection)
             if isinstance(reply, Reply):
@@ -2231,8 +2242,7 @@ class FingerServer(Server):
         reached = plain_address(connection.sock.getsockname()) if query.host else ""
         if query.too_long or (query.user and not plans):
             text = finger_answer(now, query, policy, reached)
-            # The rest of a query that is too long is on its way.
-            return Reply([text.encode()], 0 if query.too_long else len(received), close=True)
+            return Reply([text.encode()], len(received), close=True)
         version, listed = self.lists.get(query, (0, None))
         if version == now.version:
             return listed
@@ -2271,10 +2281,12 @@ def find_account(client: Any, server: Any) -> str:
     local, remote = table_address(client), table_address(server)
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as rows:
-            for fields in map(str.split, rows):
-                is_it = fields[1].endswith(local) and fields[2].endswith(remote)
-                if is_it and fields[9] != "0":  # else it is closed, and root its owner
-                    return account_name(int(fields[7]))
+            for row in rows:
+                if f"{local} " in row and f"{remote} " in row:  # much quicker than to split it
+                    fields = row.split()
+                    is_it = fields[1].endswith(local) and fields[2].endswith(remote)
+                    if is_it and fields[9] != "0":  # else it is closed, and root its owner
+                        return account_name(int(fields[7]))
     return ""
 
 
@@ -2670,14 +2682,19 @@ class Plans:
         if entry_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
             return ""
         plan: list[str] = []
-        with self._turn:
+        if not self._turn.acquire(timeout=PLAN_SECONDS):  # the disk is slow for others, too
+            return ""
+        try:
             if not self._reader.is_alive():
                 self._reader = threading.Thread(target=self._load, args=(user, plan), daemon=True)
-                with contextlib.suppress(RuntimeError):  # the system has no thread for it
-                    self._reader.start()
-                    self._reader.join(PLAN_SECONDS)
+                self._reader.start()
+                self._reader.join(PLAN_SECONDS)
                 if self._reader.is_alive():
                     log.warning("plans: the disk does not answer; replies leave the plans out")
+        except RuntimeError:  # the system has no thread for it
+            pass
+        finally:
+            self._turn.release()
         return "".join(plan)
 
     def _load(self, user: str, plan: list[str]) -> None:

@@ -2933,31 +2933,31 @@ class XmlRpcTest(SharedCase):
             calls.getUser("moshez")
             calls.getUser("nobody")
         self.assertEqual(list(calls()), ["Happy and well", "No such user"] * 50)
-        call, wrong = {"methodName": "getUser", "params": ["shawn"]}, {"methodName": "getUser"}
+        call = {"methodName": "getUser", "params": ["shawn"]}
         self.fault(proxy.system.multicall, [call] * 101)
         self.assertEqual(proxy.system.multicall([]), [])
-        for bad in (
+        bad = [
             {"methodName": "system.multicall", "params": [[call]]},
             {"methodName": "listUsers", "params": []},
             {"methodName": "nothing", "params": []},
             {"methodName": "getUser", "params": "shawn"},
+            {"methodName": "getUser", "params": []},
             {"methodName": 5, "params": []},
             {"params": []},
             {},
-            wrong,
             "getUser",
             5,
-        ):
-            self.fault(proxy.system.multicall, [call, bad])
+        ]
         deep = "<array>" * 3_900 + "</array>" * 3_900  # so that even its repr would recurse
         body = xmlrpc.client.dumps(([{"methodName": "deep", "params": []}],), "system.multicall")
         body = body.replace("<string>deep</string>", deep)
         self.assertIn(f"<int>{fingerd.INVALID_PARAMS}</int>", self.service.rpc(body.encode()))
         self.assertNotIn("Traceback", "".join(self.service.log))
-        for calls in ([{**wrong, "params": []}, call], [{**wrong, "params": ["a", "b"]}, call]):
-            fault, good = proxy.system.multicall(calls)
-            self.assertEqual(good, ["alive"])
-            self.assertEqual(fault, {"faultCode": -32602, "faultString": "wrong parameters"})
+        *faults, good = proxy.system.multicall([*bad, call])
+        self.assertEqual(good, ["alive"])
+        for fault in faults:
+            self.assertEqual(set(fault), {"faultCode", "faultString"})
+            self.assertNotRegex(fault["faultString"], r"Error|'|<|_")
 
     def test_conditions_do_not_matter_to_a_call(self) -> None:
         self.assertEqual(self.value(post(CALL, "If-None-Match: *")), "Happy and well")
