@@ -3133,11 +3133,11 @@ def make_policy(options: argparse.Namespace) -> Policy:
     """The part of the options that decides answers."""
     own, url = socket.gethostname(), options.public_url or ""
     public = urllib.parse.urlsplit(url).hostname or own
-    names = ["localhost", own, own.partition(".")[0], public, *options.hostname]
+    names = [*options.hostname, public, own, own.partition(".")[0], "localhost"]
     return Policy(
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
-        finger_host=options.hostname[0] if options.hostname else public,
+        finger_host=names[0],
         finger_port=0 if options.finger else 79,
         public_url=url or "/",
         feed_root=url or Policy().feed_root,
