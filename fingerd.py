@@ -914,12 +914,8 @@ class StateFile:
         PRAGMA application_id = {APPLICATION_ID};
         PRAGMA user_version = {VERSION};
         CREATE TABLE IF NOT EXISTS messages (
-            user TEXT PRIMARY KEY,
-            text TEXT NOT NULL,
-            since REAL NOT NULL,  -- seconds since 1970
-            covers TEXT,          -- the users file's text at the time, NULL for none
-            set_by TEXT NOT NULL, -- address or account
-            until REAL            -- when it is taken back, NULL for never
+            user TEXT PRIMARY KEY, text TEXT NOT NULL, since REAL NOT NULL, covers TEXT,
+            set_by TEXT NOT NULL, until REAL
         ) WITHOUT ROWID;
         CREATE TABLE IF NOT EXISTS lines (
             user TEXT PRIMARY KEY, text TEXT NOT NULL, since REAL NOT NULL
@@ -1030,15 +1026,13 @@ class StatusStore:
     nobody but other writers waits with it.
     """
 
-    lost_at_restart = False  # whether a state file was wanted and could not be had
-
     def __init__(self) -> None:
         self._state: StateFile | None = None
+        self.lost_at_restart = False  # whether a state file was wanted and could not be had
         self._writing = threading.Lock()
         # Calls of `set` that wait for a commit: the name, the message, and for the user or "".
         self._orders: collections.deque[tuple[str, Message, Future[str]]] = collections.deque()
-        self._changes: collections.deque[tuple[int, str, str]]
-        self._changes = collections.deque(maxlen=MAX_CHANGES)
+        self._changes: collections.deque[Any] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
         self.problems: dict[str, str] = {}  # with the users file and the state file
 
@@ -2941,10 +2935,7 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
 
 
 def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -> None:
-    """Connect the store to its state file; NotKept if the file cannot be used.
-
-    If the default file is not there and cannot be made, the service does without.
-    """
+    """Connect the store to its state file; the service does without a default one if need be."""
     try:
         store.restore(StateFile(path))
         log.info("state: %s, %d messages", path, len(store.snapshot().messages))
