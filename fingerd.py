@@ -2480,7 +2480,7 @@ class FileSource:
 
 
 def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
-    """The response to a GET, and its body; TimeoutError FETCH_SECONDS after the connection."""
+    """The response to a GET, and its body; TimeoutError if it takes over FETCH_SECONDS."""
     parts, body = urllib.parse.urlsplit(url), bytearray()
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.netloc, timeout=FETCH_SECONDS)
