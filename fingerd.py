@@ -895,10 +895,9 @@ class Snapshot(NamedTuple):
             and self.file.get(user, message.covers) == message.covers
             and (message.until is None or message.until > now)
         }
-        others = sorted_in_slices(
-            [u for u, m in messages.items() if not m.covers and m.covers == self.file.get(u)]
-        )
-        return self._replace(messages=messages, others=others, others_cased=cased(others))
+        new = self._replace(messages=messages)
+        others = [user for user in messages if not self.file.get(user) and new.get(user).text]
+        return new._replace(others=sorted_in_slices(others), others_cased=cased(others))
 
 
 class StateFile:
@@ -1030,7 +1029,7 @@ class StatusStore:
         self._state: StateFile | None = None
         self.lost_at_restart = False  # whether a state file was wanted and could not be had
         self._writing = threading.Lock()
-        # Calls of `set` that wait for a commit: the name, the message, and for the user or "".
+        # Calls of `set` that wait for a commit: name, message, and the user if that is kept, or "".
         self._orders: collections.deque[tuple[str, Message, Future[str]]] = collections.deque()
         self._changes: collections.deque[Any] = collections.deque(maxlen=MAX_CHANGES)
         self._now = Snapshot()
@@ -1110,9 +1109,9 @@ class StatusStore:
         """Commit and publish all orders, and note each one's outcome."""
         old, when = self._now, time.time()
         messages, users = dict(old.messages), {}
-        # Those whose message is hidden, and newcomers, by casefold: `find` does not know them.
-        covers = old.file.get
-        unseen = {u.casefold(): u for u, m in messages.items() if m.covers != covers(u)}
+        # `find` does not know newcomers, and those whose messages are hidden: here by casefold.
+        hidden = [user for user, each in messages.items() if each.covers != old.file.get(user)]
+        unseen = {user.casefold(): user for user in hidden}
         while self._orders:
             name, message, outcome = self._orders.popleft()
             user = old.find(name) or unseen.setdefault(name.casefold(), name)
@@ -1129,7 +1128,8 @@ class StatusStore:
         """Put `new`, without the messages that are over, on disk and make it visible.
 
         `users` are those whose lines or messages were replaced. What cannot be put on disk is tried
-        again with the next change; if `only_if_kept`, it does not become visible (False).
+        again with the next change; with `only_if_kept`, it is not made visible. Returns whether
+        `new` is visible.
         """
         old, new, version = self._now, new.settled(when), self._now.version + 1
         changed = dict.fromkeys([*users, *(u for u in old.messages if u not in new.messages)])
@@ -2921,7 +2921,6 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
 
     A group of the same number is taken for the user's own: many systems give each user one.
     """
-    home = os.path.realpath(os.path.expanduser("~"))
     for part in (folder, *folder.parents):
         with contextlib.suppress(FileNotFoundError, PermissionError):
             found = part.stat()
@@ -2930,7 +2929,7 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
                 writers = 0  # nobody can move another user's directory out of this one
             if found.st_uid not in (0, uid) or found.st_mode & writers:
                 raise StartError(f"{part}: others can write here: chmod or chown it (see --state)")
-        if str(part) == home:
+        if str(part) == os.path.realpath(os.path.expanduser("~")):
             return
 
 
@@ -3106,8 +3105,7 @@ def state_path(options: argparse.Namespace, owner: tuple[int, int] | None) -> pa
     users = options.users if is_url(options.users) else str(pathlib.Path(options.users).absolute())
     name = re.sub(r"[][]", "", users.strip("/").replace("/", "-")) + ".db"
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    default = "/var/lib/fingerd" if owner else f"{home}/fingerd"
-    default = os.environ.get("STATE_DIRECTORY") or default
+    default = os.environ.get("STATE_DIRECTORY") or f"{'/var/lib' if owner else home}/fingerd"
     path = pathlib.Path(options.state or f"{default}/{name}")
     folder = pathlib.Path(os.path.realpath(path.parent))
     is_new = not (options.state or os.path.exists(folder))
