@@ -1423,8 +1423,8 @@ class WebAnswers:
         since = status.since if status.text and not plan else -1
         return make_page(200 if is_found else 404, FORMATS[name][0], [text], since)
 
-    def response(self, request: HttpRequest, page: Page, now: float) -> list[bytes]:
-        """The pieces of the response with `page` to `request` at the time `now`."""
+    def response(self, request: HttpRequest, page: Page, now: float) -> tuple[int, list[bytes]]:
+        """The status and the pieces of the response with `page` to `request` at the time `now`."""
         status, more = page.status, ""
         if status == 200 and request.method != "POST":
             if not is_wanted(request.headers, page):
@@ -1442,10 +1442,10 @@ class WebAnswers:
             f"Connection: {'keep-alive' if request.keep else 'close'}\r\n{more}{page.headers}\r\n"
         ).encode()
         if request.method == "HEAD" or status == 304:
-            return [top]
+            return status, [top]
         if len(page.pieces) == 1 and len(page.pieces[0]) <= BLOCK_BYTES:
-            return [top + page.pieces[0]]
-        return [top, *page.pieces]  # which many responses share
+            return status, [top + page.pieces[0]]
+        return status, [top, *page.pieces]  # which many responses share
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -2351,9 +2351,9 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     def respond(self, page: Page) -> Reply:
         """The reply with a page."""
         request = self.request
+        status, pieces = self.server.answers.response(request, page, time.time())
         method, path = request.method, request.path[:MAX_NAME]
-        log.debug("web: %s: %s %a: %d", self.client_address, method, path, page.status)
-        pieces = self.server.answers.response(request, page, time.time())
+        log.debug("web: %s: %s %a: %d", self.client_address, method, path, status)
         return Reply(pieces, request.size, not request.keep)
 
     def do_GET(self) -> Page | Callable[[], Page]:
