@@ -4961,6 +4961,7 @@ class DurabilityTest(Case):
                     self.assertEqual(service.set(user, "first"), "OK\r\n")
                 how(service.state)
                 self.assertEqual(service.set("zed", "second"), "OK\r\n")
+                service.wait_for("WARNING .*state.db: somebody else changed it")
                 self.assertEqual(service.set("gone", ""), "OK\r\n")
                 service.kill()
                 service.start()
