@@ -1936,7 +1936,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.wakened, selectors.EVENT_READ)
         self.selector.register(listener, selectors.EVENT_READ)
-        self.accepting = True  # False from a failure to accept until the kernel's queue is empty
+        self.next_complaint = 0.0  # that a connection cannot be accepted
         self.stopping = False
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
@@ -1955,11 +1955,9 @@ class Server(socketserver.ThreadingTCPServer):
             return connection, connection.address
         try:
             sock, address = self.socket.accept()
-        except BlockingIOError:
-            self.accepting = True
-            raise
         except OSError as problem:
-            self.cannot_accept(problem)
+            if not isinstance(problem, (BlockingIOError, ConnectionError)):
+                self.cannot_accept(problem)
             raise
         return Connection(sock, address, time.monotonic() + self.seconds), address
 
@@ -2057,12 +2055,10 @@ class Server(socketserver.ThreadingTCPServer):
         return count > 0
 
     def cannot_accept(self, problem: OSError) -> None:
-        """Log this once, and close a connection: as a rule, no descriptor is left."""
-        if isinstance(problem, ConnectionError):
-            return  # the client has given up
-        if self.accepting:
+        """Log this once a minute, and close a connection: as a rule, no descriptor is left."""
+        if time.monotonic() > self.next_complaint:
+            self.next_complaint = time.monotonic() + 60
             log.error("%s: cannot accept: %s", self.name, problem.strerror)
-        self.accepting = False
         if not self.evict(1):
             time.sleep(0.05)
 
@@ -3175,6 +3171,8 @@ def limit_connections(servers: list[Server]) -> None:
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
     for server in servers:
         server.ceiling = max(1, min(CONNECTIONS, descriptors // len(servers)))
+    if servers and servers[0].ceiling < CONNECTIONS:
+        log.info("the open files allow %d connections for each server", servers[0].ceiling)
 
 
 def run(options: argparse.Namespace) -> None:
