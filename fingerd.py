@@ -926,6 +926,7 @@ class StateFile:
         """Lock the file, or make it, and read it; NotKept if that is not possible."""
         self._path, self._opened = path, contextlib.ExitStack()
         self._file: dict[str, str] = {}  # the users file whose lines are on disk
+        self._written: tuple[int, ...] | None = None  # the signature after the last write
         self.close = self._opened.close
         if not sqlite3:
             raise NotKept(f"{path}: this Python has no sqlite3")
@@ -988,30 +989,39 @@ class StateFile:
         rows = db.execute(query, {"now": now, "last": now + MAX_AHEAD})
         return {user: tuple(more) for user, *more in rows}
 
+    def _signature(self) -> tuple[int, ...]:
+        """A value that differs after every change of the file; () if it is not there."""
+        with contextlib.suppress(OSError):
+            found = self._path.lstat()
+            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        return ()
+
     def write(self, new: Snapshot) -> None:
         """Put the messages and the lines of `new` on disk; NotKept if that is not possible."""
+        is_ours = self._signature() == self._written
         try:
             with self._transaction() as db:
-                found = self._replace(db, "messages", new.messages)
-                if new.file is not self._file:
-                    self._replace(db, "lines", new.lines())
+                found = self.messages if is_ours else self._read(db, "messages")
+                self._replace(db, "messages", found, new.messages)
+                if new.file is not self._file or not is_ours:
+                    self._replace(db, "lines", self._read(db, "lines"), new.lines())
         except (OSError, sqlite3.Error) as problem:
             raise NotKept(f"could not be kept: {problem}") from None
         if found != self.messages:
             log.warning("%s: somebody else changed it, and it is put right", self._path)
-        self.messages, self._file = new.messages, new.file
+        self.messages, self._file, self._written = new.messages, new.file, self._signature()
 
-    def _replace(self, db: sqlite3.Connection, table: str, rows: dict[str, Any]) -> dict[str, Any]:
-        """Let a table have these rows; returns those that it had."""
-        old = self._read(db, table)
-        for user in {**old, **rows}:
-            row = rows.get(user)
+    def _replace(
+        self, db: sqlite3.Connection, table: str, old: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> None:
+        """Turn the rows of a table, which are `old`, into `new`."""
+        for user in {**old, **new}:
+            row = new.get(user)
             if row != old.get(user):
                 db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
                 if row:
                     places = ", ?" * len(row)
                     db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *row))
-        return old
 
 
 class StatusStore:
