@@ -1038,13 +1038,13 @@ class StatusStore:
         # Calls of `set` that wait for a commit: name, message, and the user if that is kept, or "".
         self._orders: collections.deque[tuple[str, Message, Future[str]]] = collections.deque()
         self._changes: collections.deque[Any] = collections.deque(maxlen=MAX_CHANGES)
-        self._now = Snapshot()
+        self.now = Snapshot()  # all that is visible
         self.problems: dict[str, str] = {}  # with the users file and the state file
 
     def restore(self, state: StateFile) -> None:
         """Show the messages in `state`, date the file's lines by it, and keep all changes there."""
         with self._writing:
-            self._state, now = state, self._now
+            self._state, now = state, self.now
             lines = state.lines.items()
             dates = {user: since for user, (text, since) in lines if now.file.get(user) == text}
             messages = {  # version 1 did not compose characters
@@ -1053,10 +1053,6 @@ class StatusStore:
             }
             when = max([now.changed, *(message.since for message in messages.values())])
             self._publish(now._replace(messages=messages, dates={**dates, **now.dates}), when)
-
-    def snapshot(self) -> Snapshot:
-        """All that is visible now, consistent in itself."""
-        return self._now
 
     def changes_after(self, version: int) -> list[tuple[int, str, str]]:
         """The last MAX_CHANGES statuses that became visible since: versions, users and texts."""
@@ -1069,7 +1065,7 @@ class StatusStore:
         first load is announced to nobody. The dicts in `users` belong to the store from now on.
         """
         with self._writing:
-            old, texts, first = self._now, users.texts, not self._now.version
+            old, texts, first = self.now, users.texts, not self.now.version
             changed = [user for user, text in texts.items() if old.file.get(user) != text]
             if not (first or changed or len(texts) < len(old.file) or users.dates is not None):
                 return False
@@ -1089,8 +1085,8 @@ class StatusStore:
     def expire(self, now: float) -> None:
         """Take back the messages that have expired."""
         with self._writing:
-            if any(each.until and each.until <= now for each in self._now.messages.values()):
-                self._publish(self._now, now)
+            if any(each.until and each.until <= now for each in self.now.messages.values()):
+                self._publish(self.now, now)
 
     def set(self, user: str, text: str, by: str = "", until: float | None = None) -> str:
         """Set the user's message, "" to take it back; returns the name in the store's spelling.
@@ -1098,7 +1094,7 @@ class StatusStore:
         It returns once the change is on disk and visible, and raises NotKept, with nothing
         changed, if that is not possible. One caller commits for all who wait behind a commit.
         """
-        now = self._now
+        now = self.now
         if text and len(now.messages) >= MAX_MESSAGES and now.find(user) not in now.messages:
             raise NotKept(f"no room for more than {MAX_MESSAGES} messages")
         outcome: Future[str] = Future()
@@ -1113,7 +1109,7 @@ class StatusStore:
 
     def _carry_out(self) -> None:
         """Commit and publish all orders, and note each one's outcome."""
-        old, when = self._now, time.time()
+        old, when = self.now, time.time()
         messages, users = dict(old.messages), {}
         # `find` does not know newcomers, and those whose messages are hidden: here by casefold.
         hidden = [user for user, each in messages.items() if each.covers != old.file.get(user)]
@@ -1137,7 +1133,7 @@ class StatusStore:
         again with the next change; with `only_if_kept`, it is not made visible. Returns whether
         `new` is visible.
         """
-        old, new, version = self._now, new.settled(when), self._now.version + 1
+        old, new, version = self.now, new.settled(when), self.now.version + 1
         changed = dict.fromkeys([*users, *(u for u in old.messages if u not in new.messages)])
         try:
             if self._state:
@@ -1153,7 +1149,7 @@ class StatusStore:
             if text and text != old.get(user).text:
                 version += 1
                 self._changes.append((version, user, text))
-        self._now = new._replace(version=version, changed=when)
+        self.now = new._replace(version=version, changed=when)
         return True
 
 
@@ -1379,7 +1375,7 @@ class WebAnswers:
 
     def _allowed(self, path: str) -> list[str]:
         """The methods that can be used there."""
-        has_page = path != "/RPC2" or self._store.snapshot().find("RPC2") != ""
+        has_page = path != "/RPC2" or self._store.now.find("RPC2") != ""
         takes_calls = path in ("/", "/RPC2")  # some clients post their calls to /
         is_public = path != "/RPC2" and self._policy.public_url != "/"
         return ["GET", "HEAD"] * has_page + ["POST"] * takes_calls + ["OPTIONS"] * is_public
@@ -1403,7 +1399,7 @@ class WebAnswers:
 
     def _list(self, name: str) -> Page:
         """The list of all users in the format `name`."""
-        now, is_private = self._store.snapshot(), self._policy.private
+        now, is_private = self._store.now, self._policy.private
         if is_private and name != "html":
             return error_page(403, "The list of users is private here.")
         version, page = self._lists.get(name, (-1, None))
@@ -1416,7 +1412,7 @@ class WebAnswers:
 
     def _user(self, name: str, asked: str, plan: str) -> Page:
         """The page of the user called so, who may be unknown."""
-        now = self._store.snapshot()
+        now = self._store.now
         user = now.find(asked)
         status = now.get(user) or Status("", -1.0)
         make = self._make_user if plan else self._remembered
@@ -1491,7 +1487,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         """The response to a call; the one to listUsers is made once for a version of the store."""
         try:
             if (call.method, call.params) == ("listUsers", ()):
-                return self._list_page(self._store.snapshot().version)
+                return self._list_page(self._store.now.version)
             return rpc_page(call.fault or (self._dispatch(call.method, call.params),))
         except Fault as fault:
             return rpc_page(fault)
@@ -1534,7 +1530,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
     def _look_up(self, name: str) -> tuple[str, Status]:
         """The user called `name`, and the status."""
-        now = self._store.snapshot()
+        now = self._store.now
         user = now.find(clean(name))
         return user, now.get(user)
 
@@ -1542,7 +1538,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         """The users and their statuses; at most 10,000 of them."""
         if self._policy.private:
             raise Fault(DENIED, "Finger online user list denied")
-        users = itertools.islice(self._store.snapshot().users(), MAX_RPC_USERS)
+        users = itertools.islice(self._store.now.users(), MAX_RPC_USERS)
         return {user: status.text for user, status in users}
 
     def system_multicall(self, call_list: list[Any]) -> list[Any]:
@@ -1616,7 +1612,7 @@ class IrcSession:
         self.heard = False  # whether the server has sent a line since the last keep-alive
         self.now = 0.0
         self.due = 0.0  # the time of the next keep-alive
-        self.version = store.snapshot().version  # that was announced last
+        self.version = store.now.version  # that was announced last
         self.askers: collections.Counter[str] = collections.Counter()  # queries of each user@host
         self.refusals: set[tuple[IrcChannel, str]] = set()  # channels and numerics that were logged
         self.queue: collections.deque[bytes] = collections.deque(maxlen=IRC_QUEUE_LINES)
@@ -1807,7 +1803,7 @@ class IrcSession:
         # Not queries: the reply of another fingerd, CTCP, and what ZNC plays back.
         if not query or query[1] == NO_SUCH_USER or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
             return ""
-        now = self.store.snapshot()
+        now = self.store.now
         user = now.find(query[1])
         return f"{user or query[1][:MAX_NAME]}: {now.get(user).text or NO_SUCH_USER}"
 
@@ -2244,7 +2240,7 @@ class FingerServer(Server):
             return None
         log.debug("finger: %s: %a", connection, query.user)
         store, policy, plans, _ = self.site
-        now = store.snapshot()
+        now = store.now
         reached = plain_address(connection.sock.getsockname()) if query.host else ""
         if query.too_long or (query.user and not plans):
             text = finger_answer(now, query, policy, reached)
@@ -2371,7 +2367,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> Page | Callable[[], Page]:
         site, answers = self.server.site, self.server.answers
         if self.request.path == "/":
-            is_long = site.store.snapshot().size() > MAX_SHORT_LIST
+            is_long = site.store.now.size() > MAX_SHORT_LIST
             return self.list_page if is_long else answers.page(self.request)
         return self.plan_page if site.plans else answers.page(self.request)
 
@@ -2392,7 +2388,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         rpc, body = self.server.rpc, self.request.body or b""
         if len(body) > MAX_SHORT_CALL:
             return lambda: rpc.page(parse_rpc_call(body, content_type))
-        version = self.server.site.store.snapshot().version
+        version = self.server.site.store.now.version
         answer = rpc.short_answer(body, content_type, version)
         return answer if isinstance(answer, Page) else lambda: rpc.page(answer)
 
@@ -2638,7 +2634,7 @@ class Reloader(threading.Timer):
         Bad lines are logged once per content.
         """
         with self._reading:
-            now, name = self._store.snapshot(), self._source.name
+            now, name = self._store.now, self._source.name
             users = self._source.read(now.file, at_once)
             if not users:
                 return
@@ -2685,7 +2681,7 @@ class Plans:
 
     def read(self, name: str) -> str:
         """The text of a user's plan; "" if there is none, or if it takes too long."""
-        user = self._store.snapshot().find(name) or name
+        user = self._store.now.find(name) or name
         if entry_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
             return ""
         plan: list[str] = []
@@ -2950,7 +2946,7 @@ def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -
     """Connect the store to its state file; the service does without a default one if need be."""
     try:
         store.restore(StateFile(path))
-        log.info("state: %s, %d messages", path, len(store.snapshot().messages))
+        log.info("state: %s, %d messages", path, len(store.now.messages))
     except NotKept as problem:
         if not is_default or os.path.lexists(path):
             raise

@@ -336,7 +336,7 @@ def make_store(texts: Any = MOSHEZ, state: Any = None) -> Any:
 
 def texts_of(store: Any) -> dict[str, str]:
     """All that the store shows."""
-    return {user: status.text for user, status in store.snapshot().users()}
+    return {user: status.text for user, status in store.now.users()}
 
 
 def command(
@@ -1494,9 +1494,9 @@ class StoreTest(Case):
         for user in ("zed", "amy", "mute"):
             self.store.set(user, "set")
         self.assertEqual(list(texts_of(self.store)), ["amy", "moshez", "mute", "shawn", "zed"])
-        self.assertEqual(self.store.snapshot().size(), 5)
+        self.assertEqual(self.store.now.size(), 5)
         self.store.set("mute", "")
-        now = self.store.snapshot()
+        now = self.store.now
         self.assertEqual((now.get("mute").text, now.get("nobody").text), ("", ""))
         self.assertNotIn("mute", texts_of(self.store))
 
@@ -1524,27 +1524,27 @@ class StoreTest(Case):
                         store.set("moshez", event)
                     else:
                         store.replace_file(fingerd.UsersFile(dict(event), []), when)
-                self.assertEqual(store.snapshot().get("moshez").text, shown.get("moshez", ""))
+                self.assertEqual(store.now.get("moshez").text, shown.get("moshez", ""))
                 self.assertEqual(texts_of(store), shown)
 
     def test_since_is_when_the_text_became_visible(self) -> None:
-        self.assertEqual(self.store.snapshot().get("moshez"), fingerd.Status("file", 1000.0))
+        self.assertEqual(self.store.now.get("moshez"), fingerd.Status("file", 1000.0))
         self.load(2000.0, moshez="file", shawn="new")
-        self.assertEqual(self.store.snapshot().get("moshez"), fingerd.Status("file", 1000.0))
-        self.assertEqual(self.store.snapshot().get("shawn"), fingerd.Status("new", 2000.0))
+        self.assertEqual(self.store.now.get("moshez"), fingerd.Status("file", 1000.0))
+        self.assertEqual(self.store.now.get("shawn"), fingerd.Status("new", 2000.0))
         before = time.time()
         self.store.set("moshez", "mine")
-        since = self.store.snapshot().get("moshez").since
+        since = self.store.now.get("moshez").since
         self.assertTrue(before <= since <= time.time())
         self.load(3000.0, moshez="file")
-        self.assertEqual(self.store.snapshot().get("moshez"), fingerd.Status("mine", since))
+        self.assertEqual(self.store.now.get("moshez"), fingerd.Status("mine", since))
 
     def test_changes_come_oldest_first_and_only_if_something_shows(self) -> None:
-        start = self.store.snapshot().version
+        start = self.store.now.version
         self.assertEqual(self.store.changes_after(0), [])  # the first load is no news
         self.store.set("moshez", "mine")
         self.store.set("moshez", "mine")
-        middle = self.store.snapshot().version
+        middle = self.store.now.version
         self.load(2000.0, moshez="file", shawn="new", mute="")
         self.store.set("moshez", "")
         self.store.set("nobody", "")
@@ -1556,7 +1556,7 @@ class StoreTest(Case):
         self.assertEqual(
             [user for _, user, _ in self.store.changes_after(middle)], ["shawn", "moshez"]
         )
-        self.assertEqual(self.store.changes_after(self.store.snapshot().version), [])
+        self.assertEqual(self.store.changes_after(self.store.now.version), [])
         for number in range(1000):
             self.store.set("moshez", str(number))
         self.assertEqual(len(self.store.changes_after(0)), fingerd.MAX_CHANGES)
@@ -1586,10 +1586,10 @@ class StoreTest(Case):
             *[(name, "Gone") for name in ("gone", "GONE")],
             *[(name.upper(), name) for name in many],
         ]
-        find = self.store.snapshot().find
+        find = self.store.now.find
         self.assertEqual([(name, find(name)) for name, _ in rows], rows)
         self.load(3000.0, moshez="a", guest="file")
-        find = self.store.snapshot().find
+        find = self.store.now.find
         rows = [("shawn", ""), ("guest", "guest"), ("Guest", "Guest"), ("GUEST", ""), ("ANN", "")]
         self.assertEqual([(name, find(name)) for name, _ in rows], rows)
 
@@ -1607,38 +1607,38 @@ class StoreTest(Case):
                 until(lambda: len(self.store._orders) > waiting)  # noqa: B023  # called here
             go_on.set()
         self.assertEqual(texts_of(self.store)["Guest"], "set as GUEST")
-        self.assertEqual(self.store.snapshot().size(), 4)
+        self.assertEqual(self.store.now.size(), 4)
 
     def test_a_message_comes_to_its_end(self) -> None:
         end, store = time.time() + 1_000, self.store
         for user, until in (("moshez", end), ("guest", end + 1), ("shawn", end), ("mute", None)):
             store.set(user, "mine", until=until)
         store.set("shawn", "for good")
-        self.assertEqual(store.snapshot().get("moshez").until, end)
+        self.assertEqual(store.now.get("moshez").until, end)
         for moment, users in (
             (end - 1, {"moshez": "mine", "guest": "mine"}),
             (end, {"moshez": "file", "guest": "mine"}),
             (end + 1, {"moshez": "file"}),
             (end - 500, {"moshez": "file"}),  # a clock that was put back
         ):
-            before, old = texts_of(store), store.snapshot().version
+            before, old = texts_of(store), store.now.version
             store.expire(moment)
             self.assertEqual(texts_of(store), {**users, "mute": "mine", "shawn": "for good"})
-            changed = store.snapshot().version > old
+            changed = store.now.version > old
             self.assertEqual(changed, before != texts_of(store))
         texts = [text for _, user, text in store.changes_after(0) if user == "moshez"]
         self.assertEqual(texts[-1], "file")
-        self.assertEqual(store.snapshot().get("moshez"), fingerd.Status("file", 1000.0))
+        self.assertEqual(store.now.get("moshez"), fingerd.Status("file", 1000.0))
         store.set("moshez", "again", until=end + 9)
         store.expire(end + 8)
-        self.assertEqual(store.snapshot().get("moshez").text, "again")
+        self.assertEqual(store.now.get("moshez").text, "again")
         self.load(2000.0, shawn="alive")
         store.expire(end + 9)
         self.load(3000.0, moshez="file")
-        self.assertEqual(store.snapshot().get("moshez").text, "file")
+        self.assertEqual(store.now.get("moshez").text, "file")
 
     def test_a_snapshot_never_changes(self) -> None:
-        now = self.store.snapshot()
+        now = self.store.now
         self.store.set("moshez", "mine")
         self.load(2000.0, zed="new")
         users = [(user, status.text) for user, status in now.users()]
@@ -1660,7 +1660,7 @@ class StateFileTest(Case):
             store._state.write(fingerd.Snapshot(messages={user: message}))
         store._state.close()
         store = self.run_over(moshez="file")
-        for user, status in store.snapshot().users():
+        for user, status in store.now.users():
             self.assertTrue(0 <= status.since <= time.time(), user)
             self.assertTrue(not status.until or status.until < time.time() + 400 * 86_400, user)
         store._state.close()
@@ -1710,7 +1710,7 @@ class StateFileTest(Case):
         for _ in range(2):
             store = self.run_over(moshez="file")
             self.assertEqual(texts_of(store), {"moshez": "file", "guest": "mine"})
-            self.assertEqual(store.snapshot().get("guest").until, now + 1_000)
+            self.assertEqual(store.now.get("guest").until, now + 1_000)
             self.assertEqual(store.changes_after(0), [])
             store._state.close()
         store = self.run_over()
@@ -1744,7 +1744,7 @@ class StateFileTest(Case):
         for _ in range(2):
             store = self.run_over(**texts)
             self.assertEqual(texts_of(store), wanted)
-            self.assertEqual(store.snapshot().get("moshez"), fingerd.Status("mine", 1700000000.25))
+            self.assertEqual(store.now.get("moshez"), fingerd.Status("mine", 1700000000.25))
             store._state.close()
         store = self.run_over(**texts)
         store.set("shawn", "new", "::1", 1e12)
@@ -1764,7 +1764,7 @@ class StateFileTest(Case):
         store.restore(fingerd.StateFile(self.path))
         self.addCleanup(store._state.close)
         store._state.close()
-        return {user: status.since for user, status in store.snapshot().users()}
+        return {user: status.since for user, status in store.now.users()}
 
     def test_lines_keep_their_dates_over_a_restart(self) -> None:
         self.assertEqual(self.since(1.0, a="x", b="x"), {"a": 1.0, "b": 1.0})
@@ -1956,10 +1956,10 @@ MANY = f"{USERS}zo\u00e9: caf\u00e9 \u2615 <&>\nJohn Doe: out\nmute:\n{ODD}: <sc
 class Broken(fingerd.StatusStore):
     """A store with a fault inside."""
 
-    def snapshot(self, *_: Any) -> Any:
+    def set(self, *_: Any) -> Any:
         raise RuntimeError("secret plan")
 
-    set = snapshot
+    now: Any = property(set, lambda *_: None)
 
 
 class SharedCase(Case):
