@@ -2428,6 +2428,10 @@ class WebServer(Server):
 # ---- the users file ----------------------------------------------------------------------------
 
 
+# Only root can drop its rights, so the hint is of use to root alone.
+RUN_AS_HINT = ", see --run-as" if os.geteuid() == 0 else ""
+
+
 class UsersError(Exception):
     """The users file cannot be read; the text says why, in one line."""
 
@@ -2484,7 +2488,7 @@ class FileSource:
         except (OSError, UsersError) as problem:
             words, uid = getattr(problem, "strerror", problem), os.geteuid()
             if isinstance(problem, PermissionError):
-                words = f"{words} for {account_name(uid)} (uid {uid}, see --run-as)"
+                words = f"{words} for {account_name(uid)} (uid {uid}{RUN_AS_HINT})"
             raise UsersError(f"{self.name}: {words}") from None
 
 
@@ -2879,11 +2883,13 @@ def listen(name: str, address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or DEFAULT_ADDRESSES[name].rpartition(":")[0]
     both = not host and socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
     try:
-        place = host, int(port)
+        if not port.isdecimal() or int(port) > 65_535:
+            raise ValueError("write PORT (0-65535), HOST:PORT, [IPV6]:PORT, or off alone")
+        found = socket.getaddrinfo(host or ("::" if both else "0.0.0.0"), int(port))
+        family, *_, place = min(found)  # IPv4 if the host has both
         return socket.create_server(place, family=family, backlog=4_096, dualstack_ipv6=both)
-    except (OSError, OverflowError, ValueError) as problem:
+    except (OSError, ValueError) as problem:
         words = getattr(problem, "strerror", problem)
         raise StartError(f"--{name}: cannot listen on {address!a}: {words}") from None
 
@@ -3077,10 +3083,13 @@ def check(source: FileSource | UrlSource) -> int:
     same = [list(names) for _, names in itertools.groupby(ordered, str.casefold)]
     cased = [f" {' and '.join(names)} differ only in case" for names in same if len(names) > 1]
     warnings = [f"{warning} (a warning)" for warning in users.repeated + cased]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for line in users.problems + warnings:
         print(f"{source.name}:{line}")
     if not users.problems:
-        print(f"{len(users.texts)} users, no problems")
+        found = f"{len(warnings)} warnings" if warnings else "no problems"
+        print(f"{len(users.texts)} users, {found}")
     return 1 if users.problems else 0
 
 

@@ -3252,9 +3252,24 @@ class CommandLineTest(Case):
         wanted = [
             f"{path}:5: replaces an earlier line for zoé (a warning)",
             f"{path}: zoé and Zoé differ only in case (a warning)",
-            "3 users, no problems",
+            "3 users, 2 warnings",
         ]
         self.assertEqual(run([*PROGRAM, "--check", str(path)]), (0, wanted, []))
+
+    def test_check_escapes_what_the_locale_lacks(self) -> None:
+        path = self.users("zoé: ☕\nzoé: x\n")
+        wanted = [
+            f"{path}:2: replaces an earlier line for zo\\xe9 (a warning)",
+            "1 users, 1 warnings",
+        ]
+        for env in (
+            {"PYTHONIOENCODING": "ascii"},
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        ):
+            with self.subTest(env):
+                self.assertEqual(run([*PROGRAM, "--check", str(path)], env=env), (0, wanted, []))
+                out = run([*PROGRAM, "--check", "/nowhere/é"], env=env)
+                self.assertEqual((out[0], len(out[2])), (1, 1), out)
 
     def test_check_says_once_that_a_file_is_utf_16(self) -> None:
         for encoding in ("utf-16", "utf-16-be", "utf-16-le"):
@@ -3306,10 +3321,18 @@ class CommandLineTest(Case):
         for text in ("", "x", "[::1]", "a:", "a:b:1", "x:y:z", "off"):
             with self.subTest(text), self.assertRaisesRegex(fingerd.StartError, "--web: "):
                 fingerd.listen("web", text)
-        words = command(self.users(), "--web", "off", "--web", "0")
-        self.refuses_to_start(words, "--web: cannot listen on 'off'")
-        words = command(self.users(), "--finger", "65536")
-        self.refuses_to_start(words, "--finger: cannot listen on '65536': .*0-65535")
+        for option, text in (("--web", "off"), ("--finger", "65536"), ("--setter", "[::1]")):
+            words = command(self.users(), option, text, option, "0")
+            how = r"write PORT \(0-65535\), HOST:PORT, \[IPV6\]:PORT, or off alone"
+            self.refuses_to_start(words, f"{option}: cannot listen on '{re.escape(text)}': {how}")
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "without IPv6")
+    def test_a_host_name_may_have_addresses_of_either_kind(self) -> None:
+        four, six = socket.getaddrinfo("127.0.0.1", 0), socket.getaddrinfo("::1", 0)
+        for found, host in ((six, "::1"), (six + four, "127.0.0.1")):
+            patch = mock.patch("socket.getaddrinfo", return_value=found)
+            with self.subTest(host), patch, fingerd.listen("web", "name:0") as listener:
+                self.assertEqual(listener.getsockname()[0], host)
 
     def test_a_server_may_have_several_addresses(self) -> None:
         for server, query in (
@@ -3340,7 +3363,8 @@ class CommandLineTest(Case):
         inside.parent.chmod(0)
         self.addCleanup(inside.parent.chmod, 0o700)
         account = pwd.getpwuid(1 if ROOT else os.getuid())
-        hint = rf" for {account.pw_name} \(uid {account.pw_uid}, see --run-as\)"
+        see = ", see --run-as" if ROOT else ""
+        hint = rf" for {account.pw_name} \(uid {account.pw_uid}{see}\)"
         for users, problem in (
             (file, f"{file}: Permission denied{hint}"),
             (inside, f"{inside}: Permission denied{hint}"),
@@ -5229,11 +5253,17 @@ class PrivilegesTest(Case):
         self.refuses_to_start(words, "state.db: not a fingerd state file")
         self.assertEqual(os.listdir(outside), ["precious"])
 
-    def test_run_as_needs_root(self) -> None:
+    def test_run_as_needs_root_and_is_not_suggested_without(self) -> None:
         copy = shutil.copy(FINGERD, self.folder())  # nobody may be kept out of where we are
         program = (python_for_everybody(), str(copy))
         words = command("/etc/hosts", "--run-as", "1", program=program)
         self.refuses_to_start(words, "--run-as.*root", preexec_fn=become_nobody)
+        users = self.folder() / "users"
+        put(users, USERS)
+        users.chmod(0)
+        words = command(users, run_as="", program=program)
+        problem = rf"{users}: Permission denied for {pwd.getpwuid(1).pw_name} \(uid 1\)$"
+        self.refuses_to_start(words, problem, preexec_fn=become_nobody)
 
     def test_interpreter_out_of_reach_after_the_drop(self) -> None:
         program = self.folder() / "faulty.py"
