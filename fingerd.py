@@ -301,7 +301,8 @@ def parse_time(words: str, now: float) -> float:
     if "-" in words:
         return (read(words, "%Y-%m-%d") + day).timestamp()
     today = datetime.datetime.fromtimestamp(now)
-    moment = datetime.datetime.combine(today, read(words, "%H:%M").time())
+    clock = read(words, "%H:%M")
+    moment = today.replace(hour=clock.hour, minute=clock.minute, second=0, microsecond=0)
     return (moment if moment > today else moment + day).timestamp()
 
 
@@ -358,7 +359,7 @@ def parse_http_time(text: str) -> float:
 # ---- the setter's two lines --------------------------------------------------------------------
 
 NOT_A_NAME = re.compile(  # a control character, or the start of another protocol
-    rb".*[\0-\x08\x0b-\x1f\x7f]|.*\bHTTP/[0-9]|\w+ +[/*]|SSH-[0-9]"
+    rb".*([\0-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f])|.*\bHTTP/[0-9]|\w+ +[/*]|SSH-[0-9]"
     rb"|220[ -]|(AUTH|EHLO|HELO|PASS|USER) .|CAP (LS|REQ)\b|(?-i:NICK|nick) .",  # not Nick Cave
     re.IGNORECASE,
 )
@@ -998,7 +999,7 @@ class StateFile:
 
     def write(self, new: Snapshot) -> None:
         """Put the messages and the lines of `new` on disk; NotKept if that is not possible."""
-        is_ours = self._signature() == self._written
+        is_ours, self._written = self._signature() == self._written, None
         try:
             with self._transaction() as db:
                 found = self.messages if is_ours else self._read(db, "messages")
@@ -2438,9 +2439,11 @@ class UsersError(Exception):
 
 def read_users(data: bytes, known: Mapping[str, str]) -> UsersFile:
     """The users in a users file or in a list in JSON; UsersError if it is something else."""
-    if b"\0" in data[:4]:
+    if b"\0" in data[: 2 * MAX_NAME + 4]:  # where the first name has ended
         raise UsersError("in UTF-16, not in UTF-8")
     if data.startswith((JSON_START, b"[]\n")):
+        if not data.endswith(b"]\n"):
+            raise UsersError("a list that breaks off")
         users = parse_json_list(data, known, time.time())
     else:
         users = parse_users(map(clean_line, io.BytesIO(data)), known)
@@ -2583,7 +2586,10 @@ class UrlSource:
         try:
             new.unlink(missing_ok=True)
             new.touch(0o600, exist_ok=False)
-            new.write_bytes(body)
+            with new.open("r+b") as file:
+                file.write(body)
+                file.flush()
+                os.fsync(file.fileno())  # else a crash may leave an empty file
             os.utime(new, (modified, modified))
             os.replace(new, self._copy)
         except OSError as problem:
@@ -2632,7 +2638,7 @@ class Reloader(threading.Timer):
             if new != old:
                 log.error("%s; the last content of %s stays in force", new, name)
 
-    def load(self, at_once: bool = True) -> None:
+    def load(self, at_once: bool) -> None:
         """Give the store the file if it has changed or `at_once`; raises UsersError.
 
         Bad lines are logged once per content.
@@ -3166,7 +3172,7 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
     reloader = Reloader(find_source(options, path), store, options.interval)
     if identity:
         drop_privileges(*identity)
-    reloader.load()
+    reloader.load(at_once=True)
     plans = Plans(options.plans, store) if options.plans else None
     if plans and options.plans != "home" and not os.access(f"{options.plans}/.", os.X_OK):
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")

@@ -934,6 +934,21 @@ class CodecsTest(Case):
                 found = fingerd.end_of_message(words.strip(), now)[1]
                 self.assertRegex(found, "^no such time: write 30m")
 
+    def test_a_time_of_day_that_comes_twice(self) -> None:
+        self.addCleanup(time.tzset)
+        zone = mock.patch.dict(os.environ, TZ="CET-1CEST,M3.5.0,M10.5.0/3")
+        zone.start()
+        self.addCleanup(zone.stop)
+        time.tzset()
+        for now, wanted in (
+            ("2026-10-25 00:10", "2026-10-25 00:30"),
+            ("2026-10-25 01:10", "2026-10-25 01:30"),
+            ("2026-10-25 01:40", "2026-10-26 01:30"),
+        ):
+            seconds = datetime.datetime.fromisoformat(f"{now}+00:00").timestamp()
+            end, problem = fingerd.end_of_message("02:30", seconds)
+            self.assertEqual((fingerd.plain_time(end), problem), (f"{wanted} UTC", ""))
+
     def test_settings_that_cannot_be_honoured(self) -> None:
         for data in (b"", b"moshez", b"moshez\n"):
             with self.subTest(data):
@@ -966,7 +981,7 @@ class CodecsTest(Case):
 
     def test_the_first_line_holds_no_control_character(self) -> None:
         tls = b'\x16\x03\x01"'  # and the length of a ClientHello may end in LF
-        for line in (tls, b"a\x1b[1mb", b"a\0", b"\x0ca", b"a\rb", b"\x7fa"):
+        for line in (tls, b"a\x1b[1mb", b"a\0", b"\x0ca", b"a\rb", b"\x7fa", b"\xc2\x9b2J"):
             self.refuses_the_line(line, "protocol")
 
     GREETINGS: ClassVar = """
@@ -1700,6 +1715,21 @@ class StateFileTest(Case):
         self.assertEqual(texts_of(store), {"moshez": "file", "guest": "here"})
         store._state.close()
 
+    def test_what_a_failed_commit_has_left_is_removed_later(self) -> None:
+        store = self.run_over(moshez="file")
+        self.addCleanup(store._state.close)
+        store.set("moshez", "mine")
+        db = self.keep(sqlite3.connect(self.path, isolation_level=None))
+        db.execute("PRAGMA wal_autocheckpoint = 0")  # the database itself does not change
+        db.execute("BEGIN IMMEDIATE")
+        with self.assertLogs("fingerd", "ERROR"), self.assertRaises(fingerd.NotKept):
+            store.set("zed", "refused")
+        db.execute("INSERT INTO messages VALUES ('zed', 'refused', 1.0, NULL, 'x', NULL)")
+        db.execute("COMMIT")
+        store.set("moshez", "second")
+        rows = db.execute("SELECT user, text FROM messages").fetchall()
+        self.assertEqual(rows, [("moshez", "second")])
+
     def test_a_message_that_came_to_its_end_while_the_service_was_down(self) -> None:
         store, now = self.run_over(moshez="file"), time.time()
         store.set("guest", "mine", until=now + 1_000)
@@ -1807,7 +1837,7 @@ class UsersFileTest(Case):
         self.store = fingerd.StatusStore()
         self.begin(self.path, 3600.0)
         self.logged = self.watch_log()
-        self.reloader.load()
+        self.reloader.load(at_once=True)
 
     def begin(self, path: pathlib.Path, interval: float) -> None:
         self.source = fingerd.FileSource(path)
@@ -3272,10 +3302,13 @@ class CommandLineTest(Case):
                 self.assertEqual((out[0], len(out[2])), (1, 1), out)
 
     def test_check_says_once_that_a_file_is_utf_16(self) -> None:
-        for encoding in ("utf-16", "utf-16-be", "utf-16-le"):
-            path = self.folder() / "users"
-            put(path, USERS.encode(encoding))
-            words = [f"fingerd: {path}: in UTF-16, not in UTF-8"]
+        path = self.folder() / "users"
+        words = [f"fingerd: {path}: in UTF-16, not in UTF-8"]
+        for text, encoding in itertools.product(
+            (USERS, "\u0437\u043e\u044f: \u0434\u043e\u043c\u0430\n"),
+            ("utf-16", "utf-16-be", "utf-16-le"),
+        ):
+            put(path, text.encode(encoding))
             self.assertEqual(run([*PROGRAM, "--check", str(path)]), (1, [], words))
 
     def test_version_and_help(self) -> None:
@@ -5953,7 +5986,7 @@ class ReloaderTest(Case):
         self.rename()
         store = fingerd.StatusStore()
         self.reloader = fingerd.Reloader(fingerd.FileSource(self.path), store, 0.02)
-        self.reloader.load()
+        self.reloader.load(at_once=True)
         self.reloader.start()
         self.addCleanup(self.reloader.join, DEADLINE)
         self.addCleanup(self.reloader.cancel)
@@ -6366,6 +6399,7 @@ class ReplicasTest(Case):
             (ok(b"a: b\n", b"Content-Type: text/html\r\n"), "status 200, text/html, instead of"),
             (ok(b"<p>Hello!</p>\n"), "no list"),
             (ok(b"a: b\n", b"Content-Length: 30\r\n"), "broke off"),
+            (ok(b'[{"user": "a", "status": "b", "since": "2026-11-25T12:00:00Z"},\n'), "breaks"),
             (b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n\xff\n", "no list"),
             (b"220 mail.example.com ESMTP\r\n", "220 mail"),
             (b"", "closed"),
@@ -6392,7 +6426,9 @@ class ReplicasTest(Case):
         secret.write_text("root: secret\n")
         for name in ("copy", "copy.new"):
             source._copy.with_name(name).symlink_to(secret)
-        self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
+        with mock.patch("os.fsync", wraps=os.fsync) as fsync:
+            self.assertEqual(source.read({}, at_once=True).texts, {"a": "b"})
+        fsync.assert_called_once()  # before it replaces the last one
         self.assertEqual(source._copy.lstat().st_mode, 0o100600)
         self.assertEqual(source._copy.read_text(), "a: b\n")
         self.assertEqual(secret.read_text(), "root: secret\n")
