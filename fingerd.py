@@ -127,7 +127,7 @@ FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # log lines of one kind in this many se
 LOG_LINES = 1_000  # that wait for stderr; more are dropped
 
 # IRC.
-IRC_TEXT_BYTES = 350  # of a text; a line has 512, with our nick!user@host and the target
+IRC_TEXT_BYTES = 380  # of a text and its target; a line has 512, with our nick!user@host
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
 IRC_QUERIES, IRC_ASKERS = 12, 1_000  # of a user@host between keep-alives; user@hosts counted
@@ -1611,6 +1611,7 @@ class IrcSession:
         self.registered = False
         self.settled = False  # whether the connection has lasted until a keep-alive
         self.heard = False  # whether the server has sent a line since the last keep-alive
+        self.last_line = parse_irc_line(b"")  # that was handled
         self.now = 0.0
         self.due = 0.0  # the time of the next keep-alive
         self.version = store.now.version  # that was announced last
@@ -1636,6 +1637,7 @@ class IrcSession:
         prefix = "on_our_" if self.is_me(line.source.partition("!")[0]) else "on_"
         handler = getattr(self, prefix + line.command, self.on_other)
         handler(line)
+        self.last_line = line
 
     def tick(self, now: float) -> None:
         """Do what is due at `now`."""
@@ -1692,7 +1694,8 @@ class IrcSession:
     def say(self, target: str, text: str) -> None:
         """Queue a text, cut to fit one line, without leading signs that command other bots."""
         text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
-        text = text.encode()[:IRC_TEXT_BYTES].decode("utf-8", "ignore")
+        room = IRC_TEXT_BYTES - len(target.encode())
+        text = text.encode()[:room].decode("utf-8", "ignore")
         if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
             self.send("PRIVMSG", target, text)
 
@@ -1756,13 +1759,13 @@ class IrcSession:
         self.nick = line.param(0)
 
     def on_our_JOIN(self, line: IrcLine) -> None:
-        channel = self.channels.get(line.param(0).lower())
+        """We are in a channel. Leave it if the line before forwarded us to it from one of ours."""
+        channel, last = self.channels.get(line.param(0).lower()), self.last_line
         if channel:
             channel.joined, channel.pause = True, IRC_KEEP_ALIVE_SECONDS
             self.report(f"joined {channel.name}")
-        else:
+        elif last.command == "470" and last.param(1).lower() in self.channels:
             self.send("PART", line.param(0))
-            self.report(f"leaving {self.quote(line.param(0))}, which is not one of our channels")
 
     def on_other(self, line: IrcLine) -> None:
         """Log the first error of each kind about one of our channels; `join` will try again."""
@@ -1801,10 +1804,11 @@ class IrcSession:
         """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
         call = rf"(?:!finger |{re.escape(self.nick)}[:,] )" + ("?" if private else "")
         query = re.fullmatch(f"{call} *(.+)", clean(text), re.IGNORECASE)
-        # Not queries: the reply of another fingerd, CTCP, and what ZNC plays back.
-        if not query or query[1] == NO_SUCH_USER or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
-            return ""
+        # Not queries: another fingerd's reply about our namesake, CTCP, and what ZNC plays back.
         now = self.store.now
+        replies = (NO_SUCH_USER, now.get(now.find(self.nick)).text)
+        if not query or query[1] in replies or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
+            return ""
         user = now.find(query[1])
         return f"{user or query[1][:MAX_NAME]}: {now.get(user).text or NO_SUCH_USER}"
 
@@ -3027,8 +3031,11 @@ def irc_options(options: argparse.Namespace) -> IrcOptions:
         raise StartError("--irc-channel: not '#NAME' or '#NAME KEY'")
     if not re.fullmatch("|[0-9a-f]{64}", irc.fingerprint):
         raise StartError("--irc-fingerprint: not a SHA-256 in hexadecimal")
-    if not irc.tls and (irc.account or irc.certificate or irc.fingerprint):
-        raise StartError("--irc-plaintext: an account, a certificate or a fingerprint needs TLS")
+    is_here = re.fullmatch(r"localhost|127(\.\d+){3}|::1", irc.server[0])
+    has_secret = (irc.account or irc.password) and not is_here
+    if not irc.tls and (has_secret or irc.certificate or irc.fingerprint):
+        words = "needs TLS; so does a log-in, unless HOST is localhost"
+        raise StartError(f"--irc-plaintext: a certificate or a fingerprint {words}")
     return irc
 
 

@@ -3906,8 +3906,13 @@ class IrcSessionTest(Case):
                 self.assertEqual(talk.pass_time(1).said(), ["PRIVMSG #a :op: bad"])
 
     def test_two_bots_do_not_talk_to_each_other(self) -> None:
-        for source in ("x!~fingerd@host", "x!hidden@host"):
-            store = make_store({} if "hidden" in source else {"one": "two", "two": "one"})
+        namesakes = {"one": "three", "two": "one"}
+        for source, texts in [
+            ("x!~fingerd@host", namesakes),
+            ("x!hidden@host", namesakes),
+            ("x!hidden@host", {}),
+        ]:
+            store = make_store(texts)
             talks = {
                 nick: Talk(store, nick=nick, channels=("#a",)).register(nick)
                 for nick in ("one", "two")
@@ -3921,7 +3926,7 @@ class IrcSessionTest(Case):
                     if nick != sender.partition("!")[0]:
                         said = talk.hear(f":{sender} {line}").said()
                         waiting += [(source.replace("x", nick, 1), text) for text in said]
-            with self.subTest(source):
+            with self.subTest(source, texts=texts):
                 self.assertEqual(len(passed), 2, passed)
 
     def test_who_is_not_answered(self) -> None:
@@ -3941,11 +3946,21 @@ class IrcSessionTest(Case):
                 self.assertEqual(Talk().register().hear(line).said(), [])
 
     def test_a_long_answer_fits_the_line(self) -> None:
-        talk = Talk().register()
-        talk.hear(f":{'n' * 30}!b@c PRIVMSG fingerbot :long")
-        received = f":{'x' * 30}!~fingerd@{'x' * 63} {talk.said()[0]}\r\n"
-        self.assertRegex(received, f" PRIVMSG {'n' * 30} :long: é+\r\n$")
-        self.assertIn(len(received.encode()), range(480, 513))
+        channel = "#" + "c" * 199  # as long as servers allow
+        for source, target, said_to in [
+            ("n" * 30, "fingerbot", "n" * 30),
+            ("ann", "#a", "#a"),
+            ("ann", channel, channel),
+        ]:
+            for name, text in {"long": "é+", "emoji": "(\U0001f642)+"}.items():
+                with self.subTest(said_to, name=name):
+                    talk = Talk(channels=("#a", channel)).register()
+                    talk.store.set("emoji", "\U0001f642" * 500)
+                    talk.session.version = talk.store.now.version  # not to be announced
+                    talk.hear(f":{source}!b@c PRIVMSG {target} :!finger {name}")
+                    received = f":{'x' * 30}!~fingerd@{'x' * 63} {talk.said()[0]}\r\n"
+                    self.assertRegex(received, f" PRIVMSG {said_to} :{name}: {text}\r\n$")
+                    self.assertIn(len(received.encode()), range(490, 513))
 
     def test_nick_is_what_the_server_says(self) -> None:
         talk = Talk().hear(":s 433 * fingerbot :Taken").register("fingerbo_")
@@ -3971,6 +3986,15 @@ class IrcSessionTest(Case):
         lines = [f"PRIVMSG #a :user{number}: new" for number in range(3)]
         self.assertEqual(talk.pass_time(1).said(), [*lines, "PRIVMSG #a :and 12 more"])
         self.assertEqual(talk.log, ["registered as fingerbot", "joined #a"])
+
+    def test_a_status_that_returns_is_announced(self) -> None:
+        talk = Talk(channels=("#a",)).register()
+        for user in ("moshez", "newcomer"):
+            talk.store.set(user, "out", until=time.time() + 60)
+        lines = ["PRIVMSG #a :moshez: out", "PRIVMSG #a :newcomer: out"]
+        self.assertEqual(talk.pass_time(1).said(), lines)
+        talk.store.expire(time.time() + 61)
+        self.assertEqual(talk.pass_time(1).said(), ["PRIVMSG #a :moshez: Happy and well"])
 
     def attempts(self, talk: Talk, seconds: float, *replies: str) -> list[float]:
         """How many seconds after now the session sends a JOIN, each answered by the replies."""
@@ -4036,15 +4060,19 @@ class IrcSessionTest(Case):
                 talk = Talk(channels=("#a",)).register().hear(*lines)
                 self.assertEqual(talk.log[2:], logged)
 
-    def test_another_channel_is_left(self) -> None:
+    def test_the_channel_that_we_are_forwarded_to_is_left(self) -> None:
         here, reason = ":fingerbot!a@b JOIN", "#a refuses us (470): ##a Forwarding"
-        left = "leaving ##a, which is not one of our channels"
+        forwarded = ":s 470 x #a ##a :Forwarding"
         other = ["#a refuses us (470): #B Forwarding", "joined #b"]
         for lines, said, logged in [
-            ([":s 470 x #a ##a :Forwarding", f"{here} ##a"], ["PART ##a"], [reason, left]),
-            ([f"{here} :##a"], ["PART ##a"], [left]),
+            ([forwarded, f"{here} ##a"], ["PART ##a"], [reason]),
+            ([forwarded, f"{here} ##a"] * 2, ["PART ##a"] * 2, [reason]),
             ([":s 470 x #a #B :Forwarding", f"{here} #B"], [], other),
-            ([":ann!a@b JOIN ##a"], [], []),
+            # Not forwarded: whoever shares our bouncer joins other channels.
+            ([f"{here} :##a"], [], []),
+            ([":s 470 x #c ##a :Forwarding", f"{here} ##a"], [], []),
+            ([forwarded, f"{here} ##a", f"{here} ##a"], ["PART ##a"], [reason]),
+            ([forwarded, ":ann!a@b JOIN ##a", f"{here} ##c"], [], [reason]),
         ]:
             with self.subTest(lines):
                 talk = Talk(channels=("#a", "#b")).hear(":s 001 fingerbot :Welcome")
@@ -4182,6 +4210,18 @@ class IrcOptionsTest(Case):
             self.assertEqual(self.read(*words, **environ).password, "from environment")
             words += ["--irc-password-file", file.name]
             self.assertEqual(self.read(*words, **environ).password, "from file")
+
+    def test_a_log_in_without_tls_stays_on_this_machine(self) -> None:
+        log_ins: list[Any] = [([], {"FINGERD_IRC_PASSWORD": "c"}), (["--irc-account", "b"], {})]
+        for words, environ in log_ins:
+            for host in ("localhost", "127.0.0.1", "127.1.2.3:6667", "[::1]", "[::1]:6667"):
+                self.assertFalse(self.read("--irc", host, "--irc-plaintext", *words, **environ).tls)
+            for host in ("irc.test", "192.0.2.1", "127.0.0.1.irc.test", "[2001:db8::1]"):
+                with self.subTest(host, words=words):
+                    with self.assertRaisesRegex(fingerd.StartError, "log-in"):
+                        self.read("--irc", host, "--irc-plaintext", *words, **environ)
+                    self.assertTrue(self.read("--irc", host, *words, **environ).tls)
+            self.assertFalse(self.read("--irc", "irc.test", "--irc-plaintext").tls)
 
     def test_what_is_refused(self) -> None:
         for words, problem in [
@@ -4323,6 +4363,17 @@ class FakeServerTest(FakeServerCase):
 
     def test_failures_are_forgotten_when_a_connection_lasts(self) -> None:
         self.assertEqual(self.failures("PING"), [1, 2, 0, 0])
+
+    def test_refused_log_ins_are_failures(self) -> None:
+        delay = mock.Mock(return_value=0.0)
+        self.patch(reconnect_delay=delay)
+        self.start_bot(self.port)
+        for numeric in ("464", "465", "904"):
+            end = self.accept()
+            end.hear("USER")
+            end.say(f":irc.test {numeric} * :No")
+            self.logged(f"IRC: the server says: {numeric} * No; next attempt")
+        self.assertEqual([call[0][0] for call in delay.call_args_list][:3], [1, 2, 3])
 
     def test_a_refused_log_in(self) -> None:
         self.start_bot(self.port, account="finger", password="secret")
@@ -4621,7 +4672,7 @@ class NgircdTest(RealServerCase):
     """
 
     def test_two_bots_do_not_talk_to_each_other(self) -> None:
-        self.store = make_store({"one": "two", "two": "one"})
+        self.store = make_store({"one": "three", "two": "one"})
         for count, nick in enumerate(["one", "two"], 1):
             self.start_bot(self.port, nick=nick, channels=("#bots",))
             self.logged("joined #bots", count)
@@ -4632,7 +4683,7 @@ class NgircdTest(RealServerCase):
         for said, reply in [
             ("#bots :one: two", ":one!~fingerd@127.0.0.1 PRIVMSG #bots :two: one"),
             ("one :two", ":one!~fingerd@127.0.0.1 PRIVMSG ann :two: one"),
-            ("two :one", ":two!~fingerd@127.0.0.1 PRIVMSG ann :one: two"),
+            ("two :two", ":two!~fingerd@127.0.0.1 PRIVMSG ann :two: one"),
             ("#bots :!finger nobody", "PRIVMSG #bots :nobody: No such user"),
         ]:
             ann.say(f"PRIVMSG {said}")
@@ -4695,7 +4746,7 @@ class InspircdTest(RealServerCase):
         ):
             self.logged(refusal)
         self.logged("#banned refuses us (926)")
-        self.logged("leaving #other, which is not one of our channels")
+        self.assertIn("#other", self.logged("#full refuses us (470)"))
         root.hear(" PART :#other")
         self.store.set("moshez", "Giving a tutorial now, sorry!")
         self.logged("#quiet refuses us (404)")
