@@ -138,6 +138,7 @@ IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # the back-off, doubl
 
 NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
+RUN_AS_HINT = ", see --run-as" if os.geteuid() == 0 else ""  # only root can change its user
 
 log = logging.getLogger("fingerd")
 
@@ -2433,10 +2434,6 @@ class WebServer(Server):
 # ---- the users file ----------------------------------------------------------------------------
 
 
-# Only root can drop its rights, so the hint is of use to root alone.
-RUN_AS_HINT = ", see --run-as" if os.geteuid() == 0 else ""
-
-
 class UsersError(Exception):
     """The users file cannot be read; the text says why, in one line."""
 
@@ -2818,6 +2815,7 @@ class IrcBot(threading.Thread):
 
 DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
+URL = re.compile("https?://", re.IGNORECASE)  # the start of a USERS that is on another server
 
 
 class FloodFilter(logging.Filter):
@@ -2936,11 +2934,6 @@ def drop_privileges(uid: int, gid: int) -> None:
         raise StartError(f"--run-as: {problem}; was it started by root?") from None
 
 
-def is_url(users: str) -> bool:
-    """Whether the users file is on another server."""
-    return users.lower().startswith(("http://", "https://"))
-
-
 def refuse_shared(folder: pathlib.Path, uid: int) -> None:
     """Raise StartError if others than root and `uid` can write to `folder` or replace it.
 
@@ -2981,13 +2974,6 @@ and web servers listen on all addresses of this machine, IPv4 and IPv6, the sett
 SIGHUP reloads the users file at once; SIGTERM and SIGINT stop the service. The exit status is 0
 for success, 1 if the service cannot start or --check finds problems, 2 for wrong options.
 """
-
-
-def parse_public_url(text: str) -> str:
-    """An http(s) address, with a slash at its end."""
-    if not re.fullmatch(rf"https?://{HOST}(/[!$-;=@-~]*)?", text):
-        raise argparse.ArgumentTypeError(f"{text!a} is not an http(s) address")
-    return text.rstrip("/") + "/"
 
 
 def irc_server(text: str) -> tuple[str, int]:
@@ -3056,7 +3042,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     add("--private", action="store_true", help="refuse listings; answer only for named users")
     text = "a name of this machine, as in `finger user@NAME`; repeatable"
     add("--hostname", metavar="NAME", action="append", default=[], help=text)
-    add("--public-url", metavar="URL", type=parse_public_url, help="the web server's public URL")
+    add("--public-url", metavar="URL", default="", help="the web server's public URL")
     add("--plans", metavar="DIR", help="show plans: DIR/USER, or for `home` each person's ~/.plan")
     add = parser.add_argument_group("how to run").add_argument
     text = "seconds between checks of the users file (default: 30)"
@@ -3067,6 +3053,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not 0 < options.interval <= threading.TIMEOUT_MAX:
         parser.error("argument --interval: not above 0, or too long")
+    if not re.fullmatch(rf"|https?://{HOST}(/[!$-;=@-~]*)?", options.public_url):
+        parser.error(f"argument --public-url: {options.public_url!a} is not an http(s) address")
     return options
 
 
@@ -3084,7 +3072,7 @@ def start_log(verbose: bool) -> logging.Handler:
 
 def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> FileSource | UrlSource:
     """Where the users file is read; the copy of one from a server lies beside the `state` file."""
-    if is_url(options.users):
+    if URL.match(options.users):
         return UrlSource(options.users, state and state.with_name(state.name + ".users"))
     return FileSource(pathlib.Path(options.users))
 
@@ -3133,7 +3121,7 @@ def state_path(options: argparse.Namespace, owner: tuple[int, int] | None) -> pa
     """
     if options.state == "off":
         return None
-    users = options.users if is_url(options.users) else str(pathlib.Path(options.users).absolute())
+    users = options.users if URL.match(options.users) else os.path.abspath(options.users)
     name = re.sub(r"[][]", "", users.strip("/").replace("/", "-")) + ".db"
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     default = os.environ.get("STATE_DIRECTORY") or f"{'/var/lib' if owner else home}/fingerd"
@@ -3151,7 +3139,7 @@ def state_path(options: argparse.Namespace, owner: tuple[int, int] | None) -> pa
 
 def make_policy(options: argparse.Namespace) -> Policy:
     """The part of the options that decides answers."""
-    own, url = socket.gethostname(), options.public_url or ""
+    own, url = socket.gethostname(), options.public_url.rstrip("/")
     public = urllib.parse.urlsplit(url).hostname or own
     names = [*options.hostname, public, own, own.partition(".")[0], "localhost"]
     return Policy(
@@ -3159,8 +3147,8 @@ def make_policy(options: argparse.Namespace) -> Policy:
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=names[0],
         finger_port=0 if options.finger else 79,
-        public_url=url or "/",
-        feed_root=url or Policy().feed_root,
+        public_url=url + "/",
+        feed_root=url + "/" if url else Policy().feed_root,
     )
 
 

@@ -6863,7 +6863,8 @@ class ReadmeTest(Case):
         begin, ready, _ = answer.partition("INFO ready\n")
         said = ""
         while not said.endswith(ready):
-            said += process.stderr.readline() or self.fail(said)
+            line = process.stderr.readline() or self.fail(said)
+            said += "" if "the open files allow" in line else line  # as it is on few machines
         self.assertEqual(without_times(said), without_times(begin + ready))
         return process
 
