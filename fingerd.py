@@ -130,7 +130,7 @@ LOG_LINES = 1_000  # that wait for stderr; more are dropped
 IRC_TEXT_BYTES = 380  # of a text and its target; a line has 512, with our nick!user@host
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
-IRC_QUERIES, IRC_ASKERS = 12, 1_000  # of a user@host between keep-alives; user@hosts counted
+IRC_QUERIES, IRC_RECENT = 12, 1_000  # of a user@host between keep-alives; of all that are counted
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
 IRC_CONNECT_SECONDS = 15.0  # for each address, and for the TLS handshake
 IRC_KEEP_ALIVE_SECONDS = 90.0  # for the registration; between PINGs; before another JOIN
@@ -772,10 +772,11 @@ def format_irc_line(command: str, *params: str) -> bytes:
     return line.encode("utf-8", "replace") + b"\r\n"
 
 
-def is_person(source: str) -> bool:
-    """False for servers, bouncers (`*status`), network services and other fingerds."""
+def is_person(line: IrcLine) -> bool:
+    """False for bots (by their tag), servers, bouncers (`*status`), services and other fingerds."""
     services = r"[^!]*Serv!|[^!]*!c?services?@|[^@]*@(services|CServe)\."
-    return not re.match(rf"[^!]*$|[*-]|{services}|[^!]*!~?fingerd@", source)
+    programs = rf"[^!]*$|[*-]|{services}|[^!]*!~?fingerd@"
+    return not (re.search("(^|[;/])bot(=|;|$)", line.tags) or re.match(programs, line.source))
 
 
 def reconnect_delay(attempt: int, jitter: float) -> float:
@@ -1592,41 +1593,37 @@ class IrcChannel:
 class IrcSession:
     """The protocol on one connection: received lines and times in, lines to send out.
 
-    The caller calls `begin` once, `receive` for each line and `tick` often, and sends the result
-    of `take`. `report` is called with lines for the log. A ConnectionError ends it all.
+    The caller calls `receive` for each line and `tick` often, and sends the result of `take`.
+    `report` is called with lines for the log. A ConnectionError ends it all.
     """
 
     def __init__(
-        self, options: IrcOptions, store: StatusStore, report: Callable[[str], None]
+        self, options: IrcOptions, store: StatusStore, report: Callable[[str], None], now: float
     ) -> None:
-        self.options, self.store, self.report = options, store, report
+        self.options, self.store, self.report, self.now = options, store, report, now
         self.channels = {c.name.lower(): c for c in map(IrcChannel, options.channels)}
         self.payload = ""  # of AUTHENTICATE (RFC 4616); a certificate needs none
         if options.account and not options.certificate:
             secret = f"\0{options.account}\0{options.password}"
             self.payload = base64.b64encode(secret.encode("utf-8", "replace")).decode()
         secrets = [options.password, self.payload, *(c.key for c in self.channels.values())]
-        self.secrets = sorted({clean(secret) for secret in secrets} - {""}, key=len, reverse=True)
+        self.secrets = sorted(map(clean, secrets), key=len, reverse=True)
         self.nick = options.nick
         self.logged_in = not options.account
         self.registered = False
         self.settled = False  # whether the connection has lasted until a keep-alive
         self.heard = False  # whether the server has sent a line since the last keep-alive
         self.last_line = parse_irc_line(b"")  # that was handled
-        self.now = 0.0
-        self.due = 0.0  # the time of the next keep-alive
+        self.due = now + IRC_KEEP_ALIVE_SECONDS  # for the registration, then the next keep-alive
         self.version = store.now.version  # that was announced last
-        self.askers: collections.Counter[str] = collections.Counter()  # queries of each user@host
+        self.askers: collections.deque[str] = collections.deque(maxlen=IRC_RECENT)  # user@hosts
         self.refusals: set[tuple[IrcChannel, str]] = set()  # channels and numerics that were logged
         self.queue: collections.deque[bytes] = collections.deque(maxlen=IRC_QUEUE_LINES)
         self.pace = 0.0  # the time of the next line at a steady pace; a burst may precede it
 
-    def begin(self, now: float) -> None:
-        """Start the registration."""
-        self.due = now + IRC_KEEP_ALIVE_SECONDS
-        if self.options.password and not self.payload:
-            self.send("PASS", self.options.password)
-        if not self.logged_in:
+        if options.password and not self.payload:
+            self.send("PASS", options.password)
+        if options.account:
             self.send("CAP", "REQ", "sasl")
         self.send("NICK", self.nick)
         self.send("USER", "fingerd", "0", "*", "A bot, the finger service: send it a user's name")
@@ -1636,8 +1633,7 @@ class IrcSession:
         self.now, self.heard = now, True
         line = parse_irc_line(raw)
         prefix = "on_our_" if self.is_me(line.source.partition("!")[0]) else "on_"
-        handler = getattr(self, prefix + line.command, self.on_other)
-        handler(line)
+        getattr(self, prefix + line.command, self.on_other)(line)
         self.last_line = line
 
     def tick(self, now: float) -> None:
@@ -1706,7 +1702,7 @@ class IrcSession:
     def quote(self, *words: str) -> str:
         """The server's words for the log, with *** for our secrets."""
         text = clean(" ".join(words))
-        for secret in self.secrets:
+        for secret in filter(None, self.secrets):
             text = text.replace(secret, "***")
         return text[:200]
 
@@ -1794,12 +1790,10 @@ class IrcSession:
         """Reply to a person who writes to us or in one of our channels."""
         target, text = line.param(0), line.param(1)
         private = self.is_me(target)
-        is_bot = re.search(r"(^|[;/])bot(=|;|$)", line.tags)
-        if is_bot or not is_person(line.source) or not (private or target.lower() in self.channels):
-            return
-        reply = self.finger_reply(text, private)
-        if reply and self.within_limit(line):
-            self.say(line.source.partition("!")[0] if private else target, reply)
+        if is_person(line) and (private or target.lower() in self.channels):
+            reply = self.finger_reply(text, private)
+            if reply and self.within_limit(line):
+                self.say(line.source.partition("!")[0] if private else target, reply)
 
     def finger_reply(self, text: str, private: bool) -> str:
         """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
@@ -1814,12 +1808,10 @@ class IrcSession:
         return f"{user or query[1][:MAX_NAME]}: {now.get(user).text or NO_SUCH_USER}"
 
     def within_limit(self, line: IrcLine) -> bool:
-        """Count a query; False for one too many since the last keep-alive."""
+        """Note a query; False for one too many since the last keep-alive."""
         asker = line.source.partition("!")[2]
-        if len(self.askers) == IRC_ASKERS:
-            self.askers.clear()
-        self.askers[asker] += 1
-        return self.askers[asker] <= IRC_QUERIES
+        self.askers.append(asker)
+        return self.askers.count(asker) <= IRC_QUERIES
 
 
 # ================================================================================================
@@ -2736,40 +2728,34 @@ class StartError(Exception):
     """The service cannot start; the text is the reason, in one line."""
 
 
-def irc_tls(options: IrcOptions) -> ssl.SSLContext:
-    """A context that trusts the system's authorities, or, if there is a fingerprint, anybody."""
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if options.fingerprint:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if options.certificate:
-        try:
-            context.load_cert_chain(options.certificate, password="")  # so that nobody is asked
-        except (OSError, ValueError) as problem:
-            raise StartError(f"--irc-certificate: not a PEM file with a key: {problem}") from None
-    return context
-
-
 class IrcBot(threading.Thread):
     """Replies to queries on IRC, on one connection after the other, until it is stopped."""
 
     def __init__(self, options: IrcOptions, store: StatusStore) -> None:
         super().__init__(name="irc", daemon=True)
         self.options, self.store = options, store
-        self.tls = irc_tls(options) if options.tls else None
         self.stopping = threading.Event()
+        self.tls = ssl.create_default_context()
+        if options.fingerprint:  # then no authority has to know the server
+            self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
+        if options.certificate:
+            try:  # with a password, so that nobody is asked for one
+                self.tls.load_cert_chain(options.certificate, password="")
+            except (OSError, ValueError) as problem:
+                text = f"--irc-certificate: not a PEM file with a key: {problem}"
+                raise StartError(text) from None
 
     def run(self) -> None:
         """Connect again and again. The back-off grows until a connection has settled."""
-        failures, delay = 0, 0.0
+        failures, delay, report = 0, 0.0, functools.partial(log.info, "IRC: %s")
         while not self.stopping.wait(delay):
-            session = IrcSession(self.options, self.store, functools.partial(log.info, "IRC: %s"))
+            session = None
             try:
                 with self.connect() as sock:
+                    session = IrcSession(self.options, self.store, report, time.monotonic())
                     self.serve(sock, session)
             except Exception as problem:  # a fault of ours must not end the bot
-                failures = 0 if session.settled else failures + 1
+                failures = 0 if session and session.settled else failures + 1
                 delay = reconnect_delay(failures, os.urandom(1)[0] / 255)
                 is_fault = not isinstance(problem, (OSError, UnicodeError))
                 log.warning("IRC: %s; next attempt in %.0f s", problem, delay, exc_info=is_fault)
@@ -2777,13 +2763,12 @@ class IrcBot(threading.Thread):
     def connect(self) -> socket.socket:
         """A connection, with TLS if that is wanted, to the first address that accepts one."""
         host, port = self.options.server
-        address = host, port or (6697 if self.tls else 6667)
+        address = host, port or (6697 if self.options.tls else 6667)
         plain = socket.create_connection(address, IRC_CONNECT_SECONDS)
-        if not self.tls:
+        if not self.options.tls:
             return plain
         try:
-            with plain:  # wrap_socket detaches it, or it is of no more use
-                sock = self.tls.wrap_socket(plain, server_hostname=host)
+            sock = self.tls.wrap_socket(plain, server_hostname=host)  # it closes `plain` on failure
         except OSError as error:
             raise ConnectionError(f"TLS: {error}; see --irc-plaintext, --irc-fingerprint") from None
         digest = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
@@ -2795,7 +2780,6 @@ class IrcBot(threading.Thread):
     def serve(self, sock: socket.socket, session: IrcSession) -> None:
         """Exchange lines until told to stop; OSError if the connection ends earlier."""
         sock.settimeout(0.5)  # then look at the clock and the store
-        session.begin(time.monotonic())
         unread = b""
         while not self.stopping.is_set():
             sock.sendall(session.take(time.monotonic()))
@@ -3003,20 +2987,15 @@ def add_irc_options(parser: argparse.ArgumentParser) -> None:
 
 
 def irc_options(options: argparse.Namespace) -> IrcOptions:
-    """The settings of the bot; StartError for a wrong option."""
+    """The settings of the bot; StartError for a wrong option, OSError for an unreadable file."""
     options.irc_fingerprint = options.irc_fingerprint.replace(":", "").lower()
     options.irc_password = os.environ.get("FINGERD_IRC_PASSWORD", "")
     if options.irc_password_file:
-        try:
-            text = pathlib.Path(options.irc_password_file).read_text("utf-8", "replace")
-        except OSError as problem:
-            raise StartError(f"--irc-password-file: {problem}") from None
+        text = pathlib.Path(options.irc_password_file).read_text("utf-8", "replace")
         options.irc_password = text.partition("\n")[0]
     irc = IrcOptions(*(getattr(options, f"irc_{name}") for name in IrcOptions._fields))
     if not all(re.fullmatch("[#&+!][^ ,]+( [^ ,]+)?", channel) for channel in irc.channels):
         raise StartError("--irc-channel: not '#NAME' or '#NAME KEY'")
-    if not re.fullmatch("|[0-9a-f]{64}", irc.fingerprint):
-        raise StartError("--irc-fingerprint: not a SHA-256 in hexadecimal")
     is_here = re.fullmatch(r"localhost|127(\.\d+){3}|::1", irc.server[0])
     has_secret = (irc.account or irc.password) and not is_here
     if not irc.tls and (has_secret or irc.certificate or irc.fingerprint):
