@@ -272,17 +272,15 @@ def parse_finger(data: bytes, ended: bool) -> FingerQuery | None:
     return FingerQuery(user.strip(), is_long > 0, host.strip() if at else None)
 
 
-def plan_line(text: str) -> str:
-    """A line of a plan: clean, but with its indentation."""
-    return " " * (len(text) - len(text.lstrip(" "))) + clean(text)
-
-
 def parse_plan(data: bytes) -> str:
     """The text of a file that begins with `data`: MAX_PLAN bytes and MAX_PLAN_LINES at most."""
     text = data[:MAX_PLAN].decode("utf-8", "replace").expandtabs()
     lines = text[:MAX_PLAN].splitlines()
     is_cut = max(len(data), len(text)) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
-    plan = [*map(plan_line, lines[:MAX_PLAN_LINES])]
+    plan = [
+        line[: len(line) - len(line.lstrip(" "))] + clean(line)  # its indentation stays
+        for line in lines[:MAX_PLAN_LINES]
+    ]
     return "\n".join(plan + ["... (cut)"] * is_cut)
 
 
@@ -919,10 +917,6 @@ class StateFile:
             user TEXT PRIMARY KEY, text TEXT NOT NULL, since REAL NOT NULL
         ) WITHOUT ROWID;
     """
-    COLUMNS = {  # beside the user
-        "messages": "text, max(0.0, min(since, :now)), covers, set_by, min(until, :last)",
-        "lines": "text, max(0.0, min(since, :now))",
-    }
     FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -944,8 +938,9 @@ class StateFile:
                     raise OSError("damaged: " + verdict.splitlines()[-1])
                 now = time.time()
                 db.execute("DELETE FROM messages WHERE until <= ?", (now,))
-                self.messages = self._read(db, "messages", now)
-                self.lines = self._read(db, "lines", now)
+                for table in ("messages", "lines"):  # the clock may have been fast
+                    db.execute(f"UPDATE {table} SET since = ? WHERE since > ?", (now, now))
+                self.messages, self.lines = self._read(db, "messages"), self._read(db, "lines")
         except (OSError, sqlite3.Error) as problem:
             self.close()
             words = getattr(problem, "strerror", None) or problem
@@ -986,11 +981,9 @@ class StateFile:
         schema = self.SCHEMA if version < self.VERSION else ""
         db.executescript(f"BEGIN IMMEDIATE; {upgrade} {schema}")
 
-    def _read(self, db: sqlite3.Connection, table: str, now: float = math.inf) -> dict[str, Any]:
-        """The rows of a table by user; a time that is too late for the time `now` is put right."""
-        query = f"SELECT user, {self.COLUMNS[table]} FROM {table}"
-        rows = db.execute(query, {"now": now, "last": now + MAX_AHEAD})
-        return {user: tuple(more) for user, *more in rows}
+    def _read(self, db: sqlite3.Connection, table: str) -> dict[str, Any]:
+        """The rows of a table by user."""
+        return {user: tuple(more) for user, *more in db.execute(f"SELECT * FROM {table}")}
 
     def _signature(self) -> tuple[int, ...]:
         """A value that differs after every change of the file; () if it is not there."""
@@ -1018,13 +1011,10 @@ class StateFile:
         self, db: sqlite3.Connection, table: str, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> None:
         """Turn the rows of a table, which are `old`, into `new`."""
-        for user in {**old, **new}:
-            row = new.get(user)
-            if row != old.get(user):
-                db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
-                if row:
-                    places = ", ?" * len(row)
-                    db.execute(f"INSERT INTO {table} VALUES (?{places})", (user, *row))
+        for user, _ in old.items() - new.items():
+            db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
+        for user, row in new.items() - old.items():
+            db.execute(f"INSERT INTO {table} VALUES (?{', ?' * len(row)})", (user, *row))
 
 
 class StatusStore:
@@ -1417,9 +1407,8 @@ class WebAnswers:
         """The page of the user called so, who may be unknown."""
         now = self._store.now
         user = now.find(asked)
-        status = now.get(user) or Status("", -1.0)
         make = self._make_user if plan else self._remembered
-        return make(name, user or asked[:MAX_NAME], status, plan)
+        return make(name, user or asked[:MAX_NAME], now.get(user), plan)
 
     def _make_user(self, name: str, user: str, status: Status, plan: str) -> Page:
         """The page of one user. With a plan it has no date."""
@@ -2278,15 +2267,13 @@ def find_account(client: Any, server: Any) -> str:
 
     The kernel's tables tell it: see proc_net(5). In tcp6, an IPv4 address has a prefix.
     """
-    local, remote = table_address(client), table_address(server)
+    # Behind the addresses stand 4 fields, the uid, a timeout, and an inode: 0 for a closed socket.
+    row = rf"{table_address(client)} \w*{table_address(server)} (?:\S+ ){{4}} *(\d+) +\d+ [1-9]"
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as rows:
-            for row in rows:
-                if f"{local} " in row and f"{remote} " in row:  # much quicker than to split it
-                    fields = row.split()
-                    is_it = fields[1].endswith(local) and fields[2].endswith(remote)
-                    if is_it and fields[9] != "0":  # else it is closed, and root its owner
-                        return account_name(int(fields[7]))
+            found = re.search(row, rows.read())
+            if found:
+                return account_name(int(found[1]))
     return ""
 
 
