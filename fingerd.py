@@ -224,10 +224,9 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
     for number, (line, problem) in enumerate(lines, 1):
         name, colon, text = line.partition(":")
         name, text = name.rstrip(), text.lstrip()
-        if not problem:
-            if not line or line[0] == "#":
-                continue
-            problem = entry_problem(name, text) if colon else "no colon"
+        if not problem and (not line or line[0] == "#"):
+            continue
+        problem = problem or (entry_problem(name, text) if colon else "no colon")
         if problem:
             if len(problems) <= MAX_PROBLEMS:
                 problems.append(f"{number}: {problem}")
@@ -1028,7 +1027,7 @@ class StatusStore:
         self._state: StateFile | None = None
         self.lost_at_restart = False  # whether a state file was wanted and could not be had
         self._writing = threading.Lock()
-        # Calls of `set` that wait for a commit: name, message, and the user if that is kept, or "".
+        # Calls of `set` that wait for a commit: name, message, and what the call will return.
         self._orders: collections.deque[tuple[str, Message, Future[str]]] = collections.deque()
         self._changes: collections.deque[Any] = collections.deque(maxlen=MAX_CHANGES)
         self.now = Snapshot()  # all that is visible
@@ -1095,10 +1094,7 @@ class StatusStore:
         with self._writing:
             if not outcome.done():
                 self._carry_out()
-        kept = outcome.result(0)
-        if not kept:
-            raise NotKept("could not be kept")
-        return kept
+        return outcome.result(0)
 
     def _carry_out(self) -> None:
         """Commit and publish all orders, and note each one's outcome."""
@@ -1113,18 +1109,21 @@ class StatusStore:
             messages[user] = message._replace(since=when, covers=old.file.get(user))
             users[outcome] = user
         new = old._replace(messages=messages)
-        is_kept = self._publish(new, when, users.values(), only_if_kept=True)
+        problem = self._publish(new, when, users.values(), only_if_kept=True)
         for outcome, user in users.items():
-            outcome.set_result(user if is_kept else "")
+            if problem:
+                outcome.set_exception(NotKept(problem))
+            else:
+                outcome.set_result(user)
 
     def _publish(
         self, new: Snapshot, when: float, users: Iterable[str] = (), only_if_kept: bool = False
-    ) -> bool:
+    ) -> str:
         """Put `new`, without the messages that are over, on disk and make it visible.
 
         `users` are those whose lines or messages were replaced. What cannot be put on disk is tried
-        again with the next change; with `only_if_kept`, it is not made visible. Returns whether
-        `new` is visible.
+        again with the next change; with `only_if_kept`, it is not made visible, and the reason is
+        returned.
         """
         old, new, version = self.now, new.settled(when), self.now.version + 1
         changed = dict.fromkeys([*users, *(u for u in old.messages if u not in new.messages)])
@@ -1136,14 +1135,14 @@ class StatusStore:
             self.problems["state file"] = str(problem)
             log.error("the state file: %s", problem)
             if only_if_kept:
-                return False
+                return str(problem)
         for user in changed:
             text = new.get(user).text
             if text and text != old.get(user).text:
                 version += 1
                 self._changes.append((version, user, text))
         self.now = new._replace(version=version, changed=when)
-        return True
+        return ""
 
 
 # ================================================================================================
@@ -1201,10 +1200,8 @@ def finger_answer(
     if not query.user:
         denied = "Finger online user list denied\r\n"
         return denied if policy.private else finger_listing(now, query.long)
-    user, status = query.user, now.get(query.user)
-    if not status.text:  # perhaps by another spelling
-        user = now.find(user)
-        status = now.get(user)
+    user = now.find(query.user)
+    status = now.get(user)
     answer = long_answer(user, status) if query.long and status.text else status.text
     if plan:
         answer = f"{answer}\n\nPlan:\n{plan}".lstrip("\n")
@@ -2600,11 +2597,6 @@ class Reloader(threading.Timer):
         """Have the thread read the file soon, changed or not."""
         self._woken.set()
 
-    def refresh(self) -> None:
-        """Look at the file before a message is set; not at a server, which may be slow."""
-        if isinstance(self._source, FileSource):
-            self.look()
-
     def look(self, at_once: bool = False) -> None:
         """Do `load`; if the file cannot be read, note and log the reason."""
         problems, name = self._store.problems, self._source.name
@@ -3130,7 +3122,8 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
     listeners = bind(options)
     path, store = state_path(options, identity), StatusStore()
     bots = [IrcBot(irc_options(options), store)] if options.irc_server else []
-    reloader = Reloader(find_source(options, path), store, options.interval)
+    source = find_source(options, path)
+    reloader = Reloader(source, store, options.interval)
     if identity:
         drop_privileges(*identity)
     reloader.load(at_once=True)
@@ -3139,7 +3132,8 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
     if path:
         restore_messages(store, path, is_default=not options.state)
-    site = Site(store, make_policy(options), plans, reloader.refresh)
+    refresh = reloader.look if isinstance(source, FileSource) else bool  # a server may be slow
+    site = Site(store, make_policy(options), plans, refresh)
     kinds = {kind.name: kind for kind in (FingerServer, SetterServer, WebServer)}
     servers: list[Server] = [kinds[name](listener, site) for name, listener in listeners]
     return store, reloader, servers, bots

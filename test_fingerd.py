@@ -5234,7 +5234,7 @@ import fingerd; sys.exit(fingerd.main())"""
             answer = pool.submit(service.set, "shawn", "third")
             while not answer.done():
                 self.assertEqual(service.finger("shawn"), "second\r\n")
-        self.assertRegex(answer.result(), "^ERROR could not be kept")
+        self.assertRegex(answer.result(), "^ERROR could not be kept: database is locked")
         self.assertEqual(service.finger("shawn"), "second\r\n")
         db.execute("ROLLBACK")
         self.assertEqual(service.set("shawn", "third"), "OK\r\n")
