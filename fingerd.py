@@ -419,15 +419,10 @@ _REQUEST_LINE = re.compile(
     % (_TOKEN, HOST.encode(), _PATH, _QUERY)
 )
 _HEADERS = re.compile(rb"(?:%s\r?\n){0,%d}\r?\n" % (_FIELD, MAX_HEADERS))
-_HEAD_END = re.compile(rb"\n\r?\n")
+_HEAD = re.compile(rb"[\r\n]*[^\r\n](?:[^\n]*\n)+?\r?\n")  # some bodies end with an extra line
 _EXTENSION = rb"[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?\r\n"
 _CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})%s" % _EXTENSION)
 _LAST_CHUNK = re.compile(rb"\r\n0{1,8}%s(?:%s\r\n)*\r\n" % (_EXTENSION, _FIELD))
-
-
-def split_list(value: str) -> list[str]:
-    """The elements of a header's value, between which commas stand."""
-    return [element.strip() for element in value.split(",")]
 
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
@@ -463,7 +458,7 @@ def parse_complete_head(head: bytes) -> HttpRequest:
     if problem:
         return HttpRequest(problem)
     has_body = "transfer-encoding" in headers or int(headers.get("content-length", "0")) > 0
-    connection = split_list(headers.get("connection", "").lower())
+    connection = [each.strip() for each in headers.get("connection", "").lower().split(",")]
     return HttpRequest(
         size=len(head),
         method=method,
@@ -477,13 +472,11 @@ def parse_complete_head(head: bytes) -> HttpRequest:
     )
 
 
-def parse_begun_head(data: bytes, begin: int) -> HttpRequest | None:
-    """The refusal of a head that begins there and has no end, or None if that may still come."""
-    has_line = b"\n" in data[begin:MAX_HTTP_HEAD]
-    if len(data) >= MAX_HTTP_HEAD:
-        return HttpRequest(431 if has_line else 414)
-    is_wrong = has_line and not _REQUEST_LINE.match(data)  # perhaps HTTP/0.9, without headers
-    return HttpRequest(400) if is_wrong else None
+def parse_begun_head(data: bytes) -> HttpRequest | None:
+    """The refusal of a head that has no end in `data`, or None if that may still come."""
+    if b"\n" in data.lstrip(b"\r\n") and not _REQUEST_LINE.match(data):
+        return HttpRequest(400)  # perhaps HTTP/0.9, without headers
+    return HttpRequest(431) if len(data) >= MAX_HTTP_HEAD else None
 
 
 def parse_chunks(head: HttpRequest, data: bytes) -> HttpRequest:
@@ -507,11 +500,10 @@ def parse_chunks(head: HttpRequest, data: bytes) -> HttpRequest:
 
 def parse_http_request(data: bytes) -> HttpRequest | None:
     """The request at the front of `data`, or None while its head is incomplete."""
-    begin = len(data) - len(data.lstrip(b"\r\n"))  # some clients end a body with an extra line
-    head_end = _HEAD_END.search(data, begin, MAX_HTTP_HEAD)
-    if not head_end:
-        return parse_begun_head(data, begin)
-    head = parse_complete_head(data[: head_end.end()])
+    found = _HEAD.match(data, 0, MAX_HTTP_HEAD)
+    if not found:
+        return parse_begun_head(data)
+    head = parse_complete_head(found[0])
     if head.body is not None:
         return head
     if "transfer-encoding" in head.headers:
@@ -556,24 +548,18 @@ def choose_format(query: str, accept: str) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; background: Canvas }
+:root { color-scheme: light dark; background: Canvas; padding: 0 1rem }
 body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 48rem; margin: 2rem auto }
-body { padding: 0 1rem }
-h1, p, dt, dd, pre { unicode-bidi: plaintext; overflow-wrap: anywhere }
+h1, p, pre, li > * { unicode-bidi: plaintext; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; font-size: .9rem }
 h1 + p { font-size: 1.4rem }
-dl { display: grid; grid-template-columns: minmax(auto, 11rem) 1fr auto }
-dt, dd { border-top: 1px solid #8886; margin: 0 0 .6rem; padding: .6rem 1rem 0 0 }
-dt { font-weight: bold }
-dt + dd { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
-dt + dd { overflow: hidden }
+ul { padding: 0 }
+li { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .6rem 0; border-top: 1px solid #8886 }
+li > a { flex: 1 0 11rem; font-weight: bold }
+li > span { flex: 9 1 20rem; display: -webkit-box; overflow: hidden }
+li > span { -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
 time { white-space: nowrap }
 time, nav, footer { opacity: .75; font-size: .9rem }
-@media (max-width: 40rem) {
-dl { grid-template-columns: 1fr }
-dt, dt + dd { margin: 0 }
-dd { border: 0; padding: 0 }
-}
 """
 STYLE_SHA256 = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
 PAGE_HEADERS = (
@@ -648,9 +634,6 @@ def json_status(user: str, text: str, since: float, until: float | None, plan: s
     times = {"since": iso_time(since) if text else None, "until": until and iso_time(until)}
     more = {"plan": plan} if plan else {}
     return json.dumps({"user": user, "status": text, **times, **more}, ensure_ascii=False)
-
-
-JSON_START = b'[{"user"'  # of a list with users
 
 
 def json_list(objects: Iterator[str]) -> Iterator[str]:
@@ -1242,8 +1225,8 @@ def error_page(status: int, words: str = "") -> Page:
     return make_page(status, "text/html", [html_page(str(status), f"<p>{words}</p>")])
 
 
-ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"  # pages from elsewhere may read this page
-# The headers for a browser that asks what they may do.
+# What pages from elsewhere may read, and what they may send.
+ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"
 ALLOWED = "Access-Control-Allow-Methods: GET, HEAD\r\nAccess-Control-Allow-Headers: *\r\n"
 
 
@@ -1304,7 +1287,7 @@ def row_html(user: str, status: Status, policy: Policy) -> str:
     """A user in the list."""
     link = f'<a href="{user_url(policy.public_url, user)}">{html.escape(user)}</a>'
     text, since = html_status(status.text), html_time(status.since)
-    return f"<dt>{link}</dt><dd>{text}</dd><dd>{since}</dd>\n"
+    return f"<li>{link}<span>{text}</span>{since}</li>\n"
 
 
 def list_html(now: Snapshot, policy: Policy) -> str:
@@ -1315,7 +1298,7 @@ def list_html(now: Snapshot, policy: Policy) -> str:
     feed = html.escape(policy.public_url) + "?format=atom"
     main = f'<p>What everybody here is up to</p>\n<nav>{usage} · <a href="{feed}">feed</a></nav>\n'
     rows = [row_html(user, status, policy) for user, status in newest(now, MAX_LISTED)]
-    main += f"<dl>\n{''.join(rows)}</dl>\n" if rows else NO_STATUS
+    main += f"<ul>\n{''.join(rows)}</ul>\n" if rows else NO_STATUS
     more = now.size() - len(rows)
     main += f"<p>... and {more} more</p>\n" if more else ""
     return html_page(title, main, feed)
@@ -1339,7 +1322,7 @@ def is_wanted(headers: Mapping[str, str], page: Page) -> bool:
     """Whether the client wants the page as it is now (RFC 9110, section 13.2.2)."""
     tags, date = headers.get("if-match"), headers.get("if-unmodified-since")
     if tags is not None:  # a weak tag, W/"...", does not count here
-        return tags == "*" or page.etag in split_list(tags)
+        return tags == "*" or (page.etag in tags and f"W/{page.etag}" not in tags)
     return date is None or page.modified <= parse_http_time(date)
 
 
@@ -1360,7 +1343,7 @@ class WebAnswers:
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
-        self._lists: dict[str, tuple[int, Page]] = {}  # and the versions of the store
+        self._lists = {name: functools.lru_cache(1)(self._make_list) for name in FORMATS}
         self._remembered = functools.lru_cache(MAX_PAGES)(self._make_user)
 
     def _allowed(self, path: str) -> list[str]:
@@ -1372,40 +1355,37 @@ class WebAnswers:
 
     def refusal(self, request: HttpRequest) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
-        if request.problem:
-            return error_page(request.problem)
-        allowed = self._allowed(request.path)
-        if request.method in allowed:
-            return None
-        page = error_page(405)
-        return page._replace(headers=f"Allow: {', '.join(allowed)}\r\n{page.headers}")
+        if request.problem or request.method not in self._allowed(request.path):
+            return error_page(request.problem or 405)
+        return None
 
     def page(self, request: HttpRequest, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
         name = choose_format(request.query, request.headers.get("accept", ""))
         if not name:
             return error_page(406, f"The formats are {', '.join(FORMATS)}.")
-        return self._list(name) if request.path == "/" else self._user(name, request.user, plan)
+        page = self._known_page(name, request, plan)
+        if page.status == 200 and not is_wanted(request.headers, page):
+            return error_page(412)
+        is_new = page.status != 200 or not is_known(request.headers, page)
+        return page if is_new else page._replace(status=304, pieces=[])
 
-    def _list(self, name: str) -> Page:
-        """The list of all users in the format `name`."""
+    def _known_page(self, name: str, request: HttpRequest, plan: str) -> Page:
+        """The page in the format `name`; it is made only if it is not remembered."""
+        now = self._store.now
+        if request.path == "/":
+            return self._lists[name](name, now.version)
+        user = now.find(request.user)
+        make = self._make_user if plan else self._remembered
+        return make(name, user or request.user[:MAX_NAME], now.get(user), plan)
+
+    def _make_list(self, name: str, _version: int) -> Page:
+        """The list of all users in the format `name`; it is remembered for the store's version."""
         now, is_private = self._store.now, self._policy.private
         if is_private and name != "html":
             return error_page(403, "The list of users is private here.")
-        version, page = self._lists.get(name, (-1, None))
-        if not page or version != now.version:
-            texts = LIST_PAGES[name](now, self._policy)
-            since = -1 if is_private else now.changed  # which would tell of messages
-            page = make_page(200, FORMATS[name][0], texts, since)
-            self._lists[name] = now.version, page
-        return page
-
-    def _user(self, name: str, asked: str, plan: str) -> Page:
-        """The page of the user called so, who may be unknown."""
-        now = self._store.now
-        user = now.find(asked)
-        make = self._make_user if plan else self._remembered
-        return make(name, user or asked[:MAX_NAME], now.get(user), plan)
+        since = -1 if is_private else now.changed  # which would tell of messages
+        return make_page(200, FORMATS[name][0], LIST_PAGES[name](now, self._policy), since)
 
     def _make_user(self, name: str, user: str, status: Status, plan: str) -> Page:
         """The page of one user. With a plan it has no date."""
@@ -1414,29 +1394,26 @@ class WebAnswers:
         since = status.since if status.text and not plan else -1
         return make_page(200 if is_found else 404, FORMATS[name][0], [text], since)
 
-    def response(self, request: HttpRequest, page: Page, now: float) -> tuple[int, list[bytes]]:
-        """The status and the pieces of the response with `page` to `request` at the time `now`."""
-        status, more = page.status, ""
-        if status == 200 and request.method != "POST":
-            if not is_wanted(request.headers, page):
-                status, page = 412, error_page(412)
-            elif is_known(request.headers, page):
-                status = 304
+    def response(self, request: HttpRequest, page: Page, now: float) -> list[bytes]:
+        """The pieces of the response with `page` to `request` at the time `now`."""
+        more = ""
+        if page.status == 405:
+            more += f"Allow: {', '.join(self._allowed(request.path))}\r\n"
         if self._store.problems:  # monitors look for them
-            more = f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
+            more += f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
         if self._policy.public_url != "/" and request.method != "POST" and request.path != "/RPC2":
             more += ANY_ORIGIN
         if 0 < page.modified <= now:
             more += f"Last-Modified: {http_time(page.modified)}\r\n"
         top = (
-            f"HTTP/1.1 {status} {http.client.responses[status]}\r\nDate: {http_time(int(now))}\r\n"
+            f"HTTP/1.1 {page.status} {http.client.responses[page.status]}\r\n"
+            f"Date: {http_time(int(now))}\r\n"
             f"Connection: {'keep-alive' if request.keep else 'close'}\r\n{more}{page.headers}\r\n"
         ).encode()
-        if request.method == "HEAD" or status == 304:
-            return status, [top]
-        if len(page.pieces) == 1 and len(page.pieces[0]) <= BLOCK_BYTES:
-            return status, [top + page.pieces[0]]
-        return status, [top, *page.pieces]  # which many responses share
+        pieces = [] if request.method == "HEAD" else page.pieces
+        if len(pieces) == 1 and len(pieces[0]) <= BLOCK_BYTES:
+            return [top + pieces[0]]
+        return [top, *pieces]  # which many responses share
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
@@ -2340,10 +2317,9 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, page: Page) -> Reply:
         """The reply with a page."""
-        request = self.request
-        status, pieces = self.server.answers.response(request, page, time.time())
-        method, path = request.method, request.path[:MAX_NAME]
-        log.debug("web: %s: %s %a: %d", self.client_address, method, path, status)
+        request, path = self.request, self.request.path[:MAX_NAME]
+        log.debug("web: %s: %s %a: %d", self.client_address, request.method, path, page.status)
+        pieces = self.server.answers.response(request, page, time.time())
         return Reply(pieces, request.size, not request.keep)
 
     def do_GET(self) -> Page | Callable[[], Page]:
@@ -2370,8 +2346,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         rpc, body = self.server.rpc, self.request.body or b""
         if len(body) > MAX_SHORT_CALL:
             return lambda: rpc.page(parse_rpc_call(body, content_type))
-        version = self.server.site.store.now.version
-        answer = rpc.short_answer(body, content_type, version)
+        answer = rpc.short_answer(body, content_type, self.server.site.store.now.version)
         return answer if isinstance(answer, Page) else lambda: rpc.page(answer)
 
     def do_OPTIONS(self) -> Page:
@@ -2401,9 +2376,8 @@ class WebServer(Server):
                 return None
             if not self.answers.refusal(request):
                 return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
+        if request.body is None or len(self.connections) > self.ceiling * 7 // 8:
             request = request._replace(keep=False)  # the client need not send the body
-        if len(self.connections) > self.ceiling * 7 // 8:
-            request = request._replace(keep=False)
         return WebHandler(request, connection, self).reply
 
 
@@ -2418,7 +2392,7 @@ def read_users(data: bytes, known: Mapping[str, str]) -> UsersFile:
     """The users in a users file or in a list in JSON; UsersError if it is something else."""
     if b"\0" in data[: 2 * MAX_NAME + 4]:  # where the first name has ended
         raise UsersError("in UTF-16, not in UTF-8")
-    if data.startswith((JSON_START, b"[]\n")):
+    if data.startswith((b'[{"user"', b"[]\n")):  # what json_list begins with
         if not data.endswith(b"]\n"):
             raise UsersError("a list that breaks off")
         users = parse_json_list(data, known, time.time())

@@ -1214,7 +1214,7 @@ class CodecsTest(Case):
             (413, [get, host, "Content-Length: 65537"]),
             (413, [get, host, "Content-Length: " + "9" * 99]),
             (400, [get, host, "Content-Length: " + "9" * 5000]),
-            (414, ["GET /" + "x" * 16_384 + " HTTP/1.1", host]),
+            (431, ["GET /" + "x" * 16_384 + " HTTP/1.1", host]),
             (431, [get, host, "X: " + "x" * 16_384]),
             (431, [get, host, *["X: " + "x" * 5000] * 4]),
             (400, [get, host, *["X:"] * 100]),
@@ -1239,8 +1239,8 @@ class CodecsTest(Case):
 
     def test_a_request_head_without_an_end_is_too_long_in_the_end(self) -> None:
         start = raw("GET / HTTP/1.1", "Host: h")[:-2]
-        for data, status in ((b"x" * 16_384, 414), (start + b"a:b\r\n" * 4000, 431)):
-            self.assertEqual(fingerd.parse_http_request(data), Request(status))
+        for data in (b"x" * 16_384, start + b"a:b\r\n" * 4000):
+            self.assertEqual(fingerd.parse_http_request(data), Request(431))
         for endless in (b"\n", b"\r\n", b"\r", b" ", b"\0"):
             with self.subTest(endless):
                 self.assertIsNotNone(fingerd.parse_http_request(endless * 100_000))
@@ -2527,7 +2527,7 @@ class WebTest(SharedCase):
             (413, False, post(b"", "Transfer-Encoding: chunked") + chunked(b"x" * 65_537, 9_999)),
             (501, False, post(b"", "Transfer-Encoding: gzip, chunked") + b"0\r\n\r\n"),
             (413, False, post(b"", "Content-Length: 65537") + b"x" * 99),
-            (414, False, request("/" + "x" * 20_000)),
+            (431, False, request("/" + "x" * 20_000)),
             (431, False, request("/", "X: " + "x" * 20_000)),
             (200, True, post(CALL, "Expect: miracles")),
         ]
