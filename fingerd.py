@@ -3104,12 +3104,12 @@ def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Serv
     plans = Plans(options.plans, store) if options.plans else None
     if plans and options.plans != "home" and not os.access(f"{options.plans}/.", os.X_OK):
         raise StartError(f"--plans: {options.plans}: not a directory that can be searched")
-    if path:
-        restore_messages(store, path, is_default=not options.state)
     refresh = reloader.look if isinstance(source, FileSource) else bool  # a server may be slow
     site = Site(store, make_policy(options), plans, refresh)
     kinds = {kind.name: kind for kind in (FingerServer, SetterServer, WebServer)}
     servers: list[Server] = [kinds[name](listener, site) for name, listener in listeners]
+    if path:
+        restore_messages(store, path, is_default=not options.state)
     return store, reloader, servers, bots
 
 

@@ -3410,9 +3410,11 @@ class CommandLineTest(Case):
         self.assertEqual(run([*PROGRAM, "--check", "/nowhere/users"])[:2], (1, []))
 
     def test_too_few_descriptors_are_one_line(self) -> None:
-        words = command(self.users(), program=("sh", "-c", 'ulimit -n 12; exec "$@"', *PROGRAM))
-        words.insert(3, "sh")
+        users = self.users()
+        program = ("sh", "-c", 'ulimit -n 12; exec "$@"', "sh", *PROGRAM)
+        words = command(users, state=users.parent / "state.db", program=program)
         self.refuses_to_start(words, "Too many open files")
+        self.assertEqual(list(users.parent.iterdir()), [users], "and leave no state file behind")
 
     def test_a_python_without_half_its_library_is_one_line(self) -> None:
         code = "import runpy, sys; sys.modules['http'] = None; runpy.run_path({!r})"
