@@ -4923,8 +4923,10 @@ class DurabilityTest(Case):
             with ThreadPoolExecutor(8) as pool:
                 clients = [pool.submit(client, port, me, acknowledged) for me in range(8)]
                 wanted = chance.randint(20, 120)
-                until(lambda a=acknowledged, w=wanted: len(a) >= w)  # type: ignore[misc]
-                service.kill()
+                try:
+                    until(lambda a=acknowledged, w=wanted: len(a) >= w)  # type: ignore[misc]
+                finally:
+                    service.kill()
                 for future in clients:
                     future.result()
             service.start()
