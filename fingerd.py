@@ -2883,7 +2883,10 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
             if part != folder and found.st_mode & stat.S_ISVTX:
                 writers = 0  # nobody can move another user's directory out of this one
             if found.st_uid not in (0, uid) or found.st_mode & writers:
-                raise StartError(f"{part}: others can write here: chmod or chown it (see --state)")
+                owner = f"uid {found.st_uid} or others can write here"
+                raise StartError(
+                    f"{part}: {owner}: chmod it, chown it to uid {uid}, or see --state"
+                )
         if str(part) == os.path.realpath(os.path.expanduser("~")):
             return
 
