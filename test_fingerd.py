@@ -4861,7 +4861,7 @@ class ZncTest(FakeServerCase):
         self.logged("registered")  # with ZNC, whose *status says that there is no server yet
         end = self.accept().register()
         end.hear("JOIN #a")
-        end.say(":fingerbot!x@y JOIN #a")
+        end.say(":fingerbot!x@y JOIN #a", ":fingerbot!x@y JOIN ##theirs")
         self.logged("joined #a")
         self.stop_bot(bot)
         end.say(":ann!b@c PRIVMSG fingerbot :shawn", ":ann!b@c PRIVMSG #a :fingerbot: shawn")
@@ -4870,7 +4870,11 @@ class ZncTest(FakeServerCase):
         self.start_bot(port, password="bot/test:secret", channels=("#a",))
         self.logged("joined #a", 2)
         end.say(":ann!b@c PRIVMSG #a :!finger moshez")
-        self.assertEqual(end.hear("PRIVMSG"), "PRIVMSG #a :moshez: Happy and well")
+        heard = [end.hear()]
+        while "PRIVMSG" not in heard[-1]:
+            heard.append(end.hear())
+        self.assertEqual(heard[-1], "PRIVMSG #a :moshez: Happy and well")
+        self.assertFalse([line for line in heard if "PART" in line])  # it is not the bot's channel
         said.assert_called_once_with(mock.ANY, "#a", "moshez: Happy and well")
 
 
