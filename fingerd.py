@@ -1762,9 +1762,9 @@ class IrcSession:
         """The reply to `!finger NAME`, `fingerbot: NAME` or, in private, `NAME`; else ""."""
         call = rf"(?:!finger |{re.escape(self.nick)}[:,] )" + ("?" if private else "")
         query = re.fullmatch(f"{call} *(.+)", clean(text), re.IGNORECASE)
-        # Not queries: another fingerd's reply about our namesake, CTCP, and what ZNC plays back.
         now = self.store.now
-        replies = (NO_SUCH_USER, now.get(now.find(self.nick)).text)
+        replies = (NO_SUCH_USER, now.get(now.find(self.nick)).text)  # of a fingerd, on our namesake
+        # Not queries: such a reply, CTCP, and what ZNC plays back.
         if not query or query[1] in replies or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
             return ""
         user = now.find(query[1])
