@@ -905,7 +905,6 @@ class StateFile:
         """Lock the file, or make it, and read it; NotKept if that is not possible."""
         self._path, self._opened = path, contextlib.ExitStack()
         self._file: dict[str, str] = {}  # the users file whose lines are on disk
-        self._written: tuple[int, ...] | None = None  # the signature after the last write
         self.close = self._opened.close
         if not sqlite3:
             raise NotKept(f"{path}: this Python has no sqlite3")
@@ -967,36 +966,30 @@ class StateFile:
         """The rows of a table by user."""
         return {user: tuple(more) for user, *more in db.execute(f"SELECT * FROM {table}")}
 
-    def _signature(self) -> tuple[int, ...]:
-        """A value that differs after every change of the file; () if it is not there."""
-        with contextlib.suppress(OSError):
-            found = self._path.lstat()
-            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-        return ()
-
     def write(self, new: Snapshot) -> None:
         """Put the messages and the lines of `new` on disk; NotKept if that is not possible."""
-        is_ours, self._written = self._signature() == self._written, None
         try:
             with self._transaction() as db:
-                found = self.messages if is_ours else self._read(db, "messages")
+                found = self._read(db, "messages")
                 self._replace(db, "messages", found, new.messages)
-                if new.file is not self._file or not is_ours:
+                if new.file is not self._file or found != self.messages:
                     self._replace(db, "lines", self._read(db, "lines"), new.lines())
         except (OSError, sqlite3.Error) as problem:
             raise NotKept(f"could not be kept: {problem}") from None
         if found != self.messages:
             log.warning("%s: somebody else changed it, and it is put right", self._path)
-        self.messages, self._file, self._written = new.messages, new.file, self._signature()
+        self.messages, self._file = new.messages, new.file
 
     def _replace(
         self, db: sqlite3.Connection, table: str, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> None:
         """Turn the rows of a table, which are `old`, into `new`."""
-        for user, _ in old.items() - new.items():
-            db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
-        for user, row in new.items() - old.items():
-            db.execute(f"INSERT INTO {table} VALUES (?{', ?' * len(row)})", (user, *row))
+        for user, row in old.items():
+            if row != new.get(user):
+                db.execute(f"DELETE FROM {table} WHERE user = ?", (user,))
+        for user, row in new.items():
+            if row != old.get(user):
+                db.execute(f"INSERT INTO {table} VALUES (?{', ?' * len(row)})", (user, *row))
 
 
 class StatusStore:
