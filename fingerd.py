@@ -2377,22 +2377,18 @@ class WebServer(Server):
 # ---- the users file ----------------------------------------------------------------------------
 
 
-class UsersError(Exception):
-    """The users file cannot be read; the text says why, in one line."""
-
-
 def read_users(data: bytes, known: Mapping[str, str]) -> UsersFile:
-    """The users in a users file or in a list in JSON; UsersError if it is something else."""
+    """The users in a users file or in a list in JSON; OSError if it is something else."""
     if b"\0" in data[: 2 * MAX_NAME + 4]:  # where the first name has ended
-        raise UsersError("in UTF-16, not in UTF-8")
+        raise OSError("in UTF-16, not in UTF-8")
     if data.startswith((b'[{"user"', b"[]\n")):  # what json_list begins with
         if not data.endswith(b"]\n"):
-            raise UsersError("a list that breaks off")
+            raise OSError("a list that breaks off")
         users = parse_json_list(data, known, time.time())
     else:
         users = parse_users(map(clean_line, io.BytesIO(data)), known)
     if len(users.texts) > MAX_USERS:
-        raise UsersError(f"more than {MAX_USERS} users")
+        raise OSError(f"more than {MAX_USERS} users")
     return users
 
 
@@ -2407,15 +2403,15 @@ class FileSource:
         """A value that differs after every change; () if the file changed a moment ago."""
         found = self._path.stat()
         if not stat.S_ISREG(found.st_mode):  # opening a device may have any effect
-            raise UsersError("not a regular file")
+            raise OSError("not a regular file")
         if found.st_size > MAX_FILE:
-            raise UsersError(f"larger than {MAX_FILE} bytes")
+            raise OSError(f"larger than {MAX_FILE} bytes")
         if 0 <= time.time() - found.st_mtime < SETTLE_SECONDS:
             return ()
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
-        """The users file, or None if it has not changed since it was read; raises UsersError.
+        """The users file, or None if it has not changed since it was read; raises OSError.
 
         A file that is being written counts as unchanged. If `at_once`, it is read in any case.
         """
@@ -2432,11 +2428,11 @@ class FileSource:
             self._seen = before
             modified = max(0.0, min(self._path.stat().st_mtime, time.time()))
             return users._replace(modified=modified)
-        except (OSError, UsersError) as problem:
-            words, uid = getattr(problem, "strerror", problem), os.geteuid()
+        except OSError as problem:
+            words, uid = problem.strerror or problem, os.geteuid()
             if isinstance(problem, PermissionError):
                 words = f"{words} for {account_name(uid)} (uid {uid}{RUN_AS_HINT})"
-            raise UsersError(f"{self.name}: {words}") from None
+            raise OSError(f"{self.name}: {words}") from None
 
 
 def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
@@ -2457,14 +2453,14 @@ def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPRespons
         for block in iter(lambda: response.read(BLOCK_BYTES), b""):
             body += block
             if len(body) > MAX_FILE:
-                raise UsersError(f"larger than {MAX_FILE} bytes")
+                raise OSError(f"larger than {MAX_FILE} bytes")
     finally:
         timer.cancel()
         connection.close()
         if time.monotonic() >= end:
             raise TimeoutError("timed out")
     if response.length:
-        raise UsersError(f"broke off after {len(body)} bytes")
+        raise OSError(f"broke off after {len(body)} bytes")
     return response, bytes(body)
 
 
@@ -2481,16 +2477,16 @@ class UrlSource:
         self._last: UsersFile | None = None  # the list that `read` returned last
 
     def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
-        """The list, or None if it has not changed since it was read; raises UsersError.
+        """The list, or None if it has not changed since it was read; raises OSError.
 
         If `at_once`, it is transferred in any case. For the first call, the copy may replace it.
         """
         try:
             users = self._ask("" if at_once else self._etag, known)
-        except (OSError, ValueError, http.client.HTTPException, UsersError) as problem:
+        except (OSError, ValueError, http.client.HTTPException) as problem:
             words = f"{self.name}: {clean(str(problem))[:MAX_STATUS]}"
             if self._last or not self._copy or self._copy.is_symlink() or not self._copy.exists():
-                raise UsersError(words) from None
+                raise OSError(words) from None
             log.warning("%s; starting with the copy in %s", words, self._copy)
             users = FileSource(self._copy).read(known, at_once=True)
         self._last = users or self._last
@@ -2514,10 +2510,10 @@ class UrlSource:
             return self._last._replace(modified=modified) if is_newer else None
         media_type = found.get_content_type()
         if response.status != http.HTTPStatus.OK or media_type == "text/html":
-            raise UsersError(f"status {response.status}, {media_type}, instead of a list of users")
+            raise OSError(f"status {response.status}, {media_type}, instead of a list of users")
         users = read_users(body, known)._replace(modified=modified if is_dated else now)
         if users.problems and not users.texts:
-            raise UsersError("no list of users")
+            raise OSError("no list of users")
         self._keep(body, users.modified)
         self._etag = found["ETag"] or ""
         return users
@@ -2578,7 +2574,7 @@ class Reloader(threading.Timer):
                 log.error("%s; the last content of %s stays in force", new, name)
 
     def load(self, at_once: bool) -> None:
-        """Give the store the file if it has changed or `at_once`; raises UsersError.
+        """Give the store the file if it has changed or `at_once`; raises OSError.
 
         Bad lines are logged once per content.
         """
@@ -3158,7 +3154,7 @@ def main(arguments: list[str] | None = None) -> int:
             return check(find_source(options, None))
         with contextlib.closing(start_log(options.verbose)):
             run(options)
-    except (StartError, UsersError, NotKept, OSError) as problem:
+    except (StartError, NotKept, OSError) as problem:
         print(f"{'<3>' if is_journal() else ''}fingerd: {problem}", file=sys.stderr)
         return 1
     return 0
