@@ -583,9 +583,7 @@ HTML_PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
-NO_STATUS = """<p>Nobody has a status yet. Set the first one by a line
-<code>user: status</code> in the users file.</p>
-"""
+NO_STATUS = "<p>Nobody has a status yet: write <code>user: status</code> into the users file.</p>\n"
 ATOM_FEED = """<?xml version="1.0" encoding="utf-8"?>
 <feed xmlns="http://www.w3.org/2005/Atom">
 <id>{id}</id>
@@ -1232,17 +1230,16 @@ def status_html(status: Status) -> str:
 
 def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
     """The page of one user, who may be unknown."""
-    feed = user_url(policy.public_url, user) + "?format=atom"
-    links = [f'<a href="{html.escape(policy.public_url)}">everybody</a>']
+    everybody = f'<a href="{html.escape(policy.public_url)}">everybody</a>'
     if not (status.text or plan):
-        return html_page(user, f"<p>{NO_SUCH_USER}</p>\n<footer>{links[0]}</footer>")
-    if policy.finger_port == 79:  # finger(1) takes no port
-        command = f"finger {shlex.quote(f'{user}@{policy.finger_host}')}"
-        links.append(f"<code>{html.escape(command)}</code>")
-    links.append(f'<a href="{feed}">feed</a>')
+        return html_page(user, f"<p>{NO_SUCH_USER}</p>\n<footer>{everybody}</footer>")
+    feed = user_url(policy.public_url, user) + "?format=atom"
+    command = html.escape(f"finger {shlex.quote(f'{user}@{policy.finger_host}')}")
+    hint = f"<code>{command}</code> · " * (policy.finger_port == 79)  # finger(1) takes no port
     main = status_html(status) if status.text else ""
     main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n" if plan else ""
-    return html_page(user, f"{main}<footer>{' · '.join(links)}</footer>", feed)
+    main += f'<footer>{everybody} · {hint}<a href="{feed}">feed</a></footer>'
+    return html_page(user, main, feed)
 
 
 def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> str:

@@ -2461,7 +2461,9 @@ class WebTest(SharedCase):
 
     def test_an_empty_list_says_how_to_set_the_first_status(self) -> None:
         page = fetch(self.server(fingerd.WebServer, make_store({})).port, "/")
-        self.assertIn("Set the first one by a line", page.body.decode())
+        self.assertIn(
+            "yet: write <code>user: status</code> into the users file", page.body.decode()
+        )
         self.assertNotIn("Nobody has a status", self.get("/").body.decode())
 
     def test_remembered_pages_are_as_short_as_promised(self) -> None:
