@@ -2235,8 +2235,7 @@ def find_account(client: Any, server: Any) -> str:
     row = rf"{table_address(client)} \w*{table_address(server)} (?:\S+ ){{4}} *(\d+) +\d+ [1-9]"
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as rows:
-            found = re.search(row, rows.read())
-            if found:
+            for found in filter(None, map(re.compile(row).search, rows)):  # there may be 100,000
                 return account_name(int(found[1]))
     return ""
 
