@@ -85,7 +85,7 @@ MAX_SKEW = 60.0  # seconds that the clock of a server whose list is read may be 
 MAX_HTTP_HEAD, MAX_HEADERS = 16_384, 100  # bytes and headers of a request head
 MAX_ACCEPT = 1_000  # characters of an Accept header that count; 16,000 would take 90 ms
 MAX_BODY = 65_536  # bytes of a request body, with the sizes of its chunks
-MAX_CHUNKS = 256  # of a request body; they are read again each time that bytes arrive
+MAX_CHUNKS = 64  # of a request body; they are read again each time that bytes arrive
 MAX_TRAILERS = 4_096  # bytes of the last chunk, with the headers behind it
 MAX_LISTED = 1_000  # users on the web page, and in a finger listing
 MAX_FEED = 50  # entries of a feed
@@ -102,7 +102,7 @@ MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
 MAX_FILE_LINE = 8_192  # bytes of one line in it
 MAX_USERS = 2_000_000  # users in it
 MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
-MAX_MESSAGES = 100_000  # users with a message of their own
+MAX_MESSAGES = 20_000  # users with a message of their own
 MAX_DATED = 100_000  # users in the file, if the dates of their lines are kept over a restart
 MAX_CHANGES = 100  # changes that the store remembers for announcements
 SETTLE_SECONDS = 1.0  # a users file that was changed so recently may not be finished
@@ -116,6 +116,8 @@ WORKERS = 16  # threads that compute replies; each may delay the loop by 0.1 ms
 SEND_SECONDS = 10.0  # for a client to take a reply, and the time of SLOWEST_READER for its bytes
 SLOWEST_READER = 100_000  # bytes a second
 HEAVY = 1_024  # connections that hold a long request or reply in part; others are light
+LIGHT_BYTES = 1_024  # of a request in part
+LONG_JOBS = 64  # long requests of one network that wait for a worker
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
 BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
@@ -358,7 +360,8 @@ def parse_http_time(text: str) -> float:
 
 NOT_A_NAME = re.compile(  # a control character, or the start of another protocol
     rb".*([\0-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f])|.*\bHTTP/[0-9]|\w+ +[/*]|SSH-[0-9]"
-    rb"|220[ -]|(AUTH|EHLO|HELO|PASS|USER) .|CAP (LS|REQ)\b|(?-i:NICK|nick) .",  # not Nick Cave
+    rb"|220[ -]|(AUTH|EHLO|HELO|PASS|USER) .|CAP (LS|REQ)\b|(?-i:NICK|nick) ."  # not Nick Cave
+    rb"|PROXY TCP[46] |<\?xml|\*[0-9]+$",
     re.IGNORECASE,
 )
 
@@ -376,11 +379,11 @@ def parse_setting(data: bytes, ended: bool, now: float) -> Setting | None:
     """The setting in the bytes that a client has sent so far, or None if it is incomplete."""
     first, _, rest = data.partition(b"\n")
     second, complete, _ = rest.partition(b"\n")
-    if len(first) + len(second) > MAX_SETTING:
+    if len(first) > MAX_QUERY or len(first) + len(second) > MAX_SETTING:
         return Setting("", "", "too long")
     if not complete and not ended:
         return None
-    user, colon, words = map(str.strip, clean(first[:MAX_QUERY]).partition(":"))
+    user, colon, words = map(str.strip, clean(first).partition(":"))
     text, until = clean(second), None
     problem = entry_problem(user, text) if rest else "no status line"
     if NOT_A_NAME.match(first.strip(b" \t\r")):
@@ -458,17 +461,18 @@ def parse_complete_head(head: bytes) -> HttpRequest:
     if problem:
         return HttpRequest(problem)
     has_body = "transfer-encoding" in headers or int(headers.get("content-length", "0")) > 0
-    connection = [each.strip() for each in headers.get("connection", "").lower().split(",")]
+    connection = headers.get("connection", "")[:MAX_ACCEPT].lower()
+    options = [each.strip() for each in connection.split(",")]
     return HttpRequest(
         size=len(head),
         method=method,
         path=path,
-        user=clean(urllib.parse.unquote_to_bytes(line[2][1:])[:MAX_QUERY]),
+        user=clean(urllib.parse.unquote_to_bytes(line[2][1 : 3 * MAX_QUERY])[:MAX_QUERY]),
         query=query,
         headers=headers,
         body=None if has_body else b"",
         expects=http_1_1 and headers.get("expect", "").lower() == "100-continue",
-        keep="close" not in connection and (http_1_1 or "keep-alive" in connection),
+        keep="close" not in options and (http_1_1 or "keep-alive" in options),
     )
 
 
@@ -1153,23 +1157,20 @@ def long_answer(user: str, status: Status) -> str:
     return f"Login: {user}\nStatus: {status.text}\nSince: {plain_time(status.since)}{until}"
 
 
-def is_elsewhere(host: str, policy: Policy, reached: str) -> bool:
-    """Whether the `host` in a query is another machine than ours."""
+def is_ours(host: str, reached: str, policy: Policy) -> bool:
+    """Whether the `host` in a query is this machine, which the client reached as `reached`."""
     host = host.lower().rstrip(".")
-    return not host or (host not in policy.hostnames and host.strip("[]") != reached)
+    return host in policy.hostnames or host.strip("[]") == reached
 
 
-def finger_answer(
-    now: Snapshot, query: FingerQuery, policy: Policy, reached: str = "", plan: str = ""
-) -> str:
+def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, plan: str = "") -> str:
     """The answer to a finger query, each line ended by CRLF (RFC 1288, section 2.2).
 
-    `reached` is the address at which the client reached us; it counts if a host is named.
-    `plan` is the text of the user's plan.
+    `query.host` is a host that is not ours; `plan` is the text of the user's plan.
     """
     if query.too_long:
         return "Query too long\r\n"
-    if query.host is not None and is_elsewhere(query.host, policy, reached):
+    if query.host is not None:
         return "Finger forwarding service denied\r\n"
     if not query.user:
         denied = "Finger online user list denied\r\n"
@@ -1886,7 +1887,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.heavy: dict[Connection, None] = {}  # of these; the first one moved on least recently
         self.ready: collections.deque[Connection] = collections.deque()  # to be served in this turn
         self.handed_back: collections.deque[Connection] = collections.deque()  # in the next one
-        self.jobs: collections.deque[tuple[Connection, Job]] = collections.deque()  # that wait
+        # The jobs that wait, by network; the first network has the next turn.
+        self.jobs: dict[bytes, collections.deque[tuple[Connection, Job]]] = {}
         self.workers = 0
         self.wakened, self.waker = socket.socketpair()
         self.waker.setblocking(False)
@@ -2032,10 +2034,11 @@ class Server(socketserver.ThreadingTCPServer):
                 self.selector.unregister(connection.sock)
             connection.events = events
         self.heavy.pop(connection, None)
-        if events and (connection.unsent or len(connection.received) > RECEIVE_BYTES):
+        if events and (connection.unsent or len(connection.received) > LIGHT_BYTES):
             self.heavy[connection] = None
             if len(self.heavy) > HEAVY:
-                self.shutdown_request(next(iter(self.heavy)))
+                for each in choose_evicted(list(self.heavy), 1 + HEAVY // 20):
+                    self.shutdown_request(each)
 
     def add(self, connection: Connection) -> None:
         """Count a connection as one that waits or works; evict others if there are too many."""
@@ -2109,17 +2112,23 @@ class Server(socketserver.ThreadingTCPServer):
 
     def begin_job(self, connection: Connection, job: Job) -> None:
         """Let a worker compute the reply to a connection, as soon as one is free."""
-        if len(connection.received) > RECEIVE_BYTES and len(self.jobs) >= HEAVY:
-            raise ConnectionAbortedError("too many long requests")
         self.wait(connection, 0)
+        jobs = self.jobs.setdefault(connection.network, collections.deque())
+        is_full = len(jobs) >= LONG_JOBS or sum(map(len, self.jobs.values())) >= HEAVY
+        if is_full and len(connection.received) > LIGHT_BYTES:
+            raise ConnectionAbortedError("too many long requests")
         connection.state = WORKING
-        self.jobs.append((connection, job))
+        jobs.append((connection, job))
         self.start_workers()
 
     def start_workers(self) -> None:
-        """Start a worker for each job that has none, up to WORKERS."""
+        """Start a worker for each job that has none, up to WORKERS; networks take turns."""
         while self.jobs and self.workers < WORKERS:
-            request: Any = self.jobs.popleft()
+            network = next(iter(self.jobs))
+            jobs = self.jobs.pop(network)
+            request: Any = jobs.popleft()
+            if jobs:
+                self.jobs[network] = jobs
             self.workers += 1
             try:
                 super().process_request(request, None)
@@ -2192,9 +2201,10 @@ class FingerServer(Server):
         log.debug("finger: %s: %a", connection, query.user)
         store, policy, plans, _ = self.site
         now = store.now
-        reached = plain_address(connection.sock.getsockname()) if query.host else ""
-        if query.too_long or (query.user and not plans):
-            text = finger_answer(now, query, policy, reached)
+        if query.host and is_ours(query.host, plain_address(connection.sock.getsockname()), policy):
+            query = query._replace(host=None)
+        if query.too_long or query.host is not None or (query.user and not plans):
+            text = finger_answer(now, query, policy)
             return Reply([text.encode()], len(received), close=True)
         version, listed = self.lists.get(query, (0, None))
         if version == now.version:
@@ -2202,9 +2212,9 @@ class FingerServer(Server):
 
         def answer() -> Reply:
             plan = plans.read(query.user) if plans and query.user else ""
-            text = finger_answer(now, query, policy, reached, plan)
+            text = finger_answer(now, query, policy, plan)
             reply = Reply([text.encode()], len(received), close=True)
-            if not (query.user or query.host):
+            if not query.user:
                 self.lists[query] = now.version, reply
             return reply
 

@@ -988,7 +988,7 @@ class CodecsTest(Case):
         HTTP/1.1 200 OK|OPTIONS / RTSP/1.0|GET /|GET /moshez|HEAD *|EHLO localhost|HELO me
         220 mail.example.com ESMTP|220-FTP server ready|USER anonymous|PASS guest|AUTH TLS
         NICK moshez|USER moshez 0 * moshez|PASS secret|CAP LS|CAP LS 302|CAP REQ sasl
-        SSH-2.0-OpenSSH_9.2|SSH-1.5-x
+        SSH-2.0-OpenSSH_9.2|SSH-1.5-x|PROXY TCP4 192.0.2.1 192.0.2.2 1 2|<?xml version="1.0"?>|*1
     """
 
     def test_a_greeting_of_another_protocol_is_no_name(self) -> None:
@@ -1256,7 +1256,7 @@ class CodecsTest(Case):
         (b"5;" + b"x" * 256 + b"\r\nhello\r\n0\r\n\r\n", b"hello"),
         (b"0\r\nHost: evil\r\nX:\r\n\r\n", b""),
         (b"5\r\nhello\r\n0\r\nX: " + b"x" * 4_000 + b"\r\n\r\n", b"hello"),
-        (chunked(b"x" * 256, 1), b"x" * 256),
+        (chunked(b"x" * 64, 1), b"x" * 64),
         (chunked(b"x" * 65_000, 9_999), b"x" * 65_000),
     ]
     BAD_CHUNKS: ClassVar = [
@@ -1293,7 +1293,7 @@ class CodecsTest(Case):
         (413, b"10001\r\n"),
         (413, b"ffffffff\r\n"),
         (413, b"8000\r\n" + b"x" * 32_768 + b"\r\n8001\r\n"),
-        (413, chunked(b"x" * 257, 1)),
+        (413, chunked(b"x" * 65, 1)),
         (400, b"0\r\n" + b"X: y\r\n" * 1_000),
         (400, b"0\r\nX: " + b"x" * 4_096),
     ]
@@ -2103,6 +2103,13 @@ class FingerTest(SharedCase):
         for line, short in zip(lines[:-1], plain):
             self.assertTrue(line.startswith(short), line)
             self.assertRegex(line, r"20\d\d-\d\d-\d\d \d\d:\d\d UTC")
+
+    def test_a_list_is_made_once_whoever_is_named_as_its_host(self) -> None:
+        server = self.server(fingerd.FingerServer, make_store())
+        with mock.patch.object(fingerd, "finger_answer", wraps=fingerd.finger_answer) as made:
+            for query in (b"\r\n", b"@localhost\r\n", b"@127.0.0.1\r\n"):
+                self.assertIn(b"moshez: ", ask(server.port, query))
+            self.assertEqual(made.call_count, 1)
 
     def test_a_long_listing_says_how_many_are_left_out(self) -> None:
         store = make_store({f"user{number:04}": "\u2615" * 40 for number in range(3000)})
@@ -5322,7 +5329,9 @@ class PrivilegesTest(Case):
         for uid, gid, mode in ((3, 3, 0o700), (0, 3, 0o770)):
             os.chown(state, uid, gid)
             state.chmod(mode)
-            self.refuses_to_start(service.command, f"{state}: others can write.*chown", env=env)
+            self.refuses_to_start(
+                service.command, f"{state}: others can write.*chown|chown", env=env
+            )
         for option in ("no-such-user", "1:no-such-group", "99999999999", "1:4294967295"):
             with self.subTest(option):
                 self.refuses_to_start(command(service.users, run_as=option), "--run-as")
@@ -5565,6 +5574,19 @@ class ConnectionTest(Case):
         for number, sock in enumerate(socks):
             self.reads(sock, b"job %d\n" % number)
 
+    def test_networks_take_turns_with_their_jobs(self) -> None:
+        self.patch(WORKERS=1)
+        busy = [self.client(b"job %d\n" % number) for number in range(4)]
+        until(lambda: self.turn() or self.states() == ["working"] * 4)
+        other = self.client(b"job other\n", source="127.0.0.2")
+        until(lambda: self.turn() or self.states() == ["working"] * 5)
+        with mock.patch.object(self.lines, "send", wraps=self.lines.send) as sent:
+            self.lines.go.set()
+            self.reads(busy[-1], b"job 3\n")
+            self.reads(other, b"job other\n")
+        order = [bytes(call[0][1].pieces[0]) for call in sent.call_args_list if len(call[0]) > 1]
+        self.assertLess(order.index(b"job other\n"), order.index(b"job 2\n"), order)
+
     def test_without_threads_the_loop_computes(self) -> None:
         self.lines.go.set()
         with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
@@ -5608,7 +5630,7 @@ class ConnectionTest(Case):
         until(lambda: self.lines.service_actions() or (sock.recv(9_999) and self.states() == []))
 
     def test_a_long_request_that_is_worked_on_does_not_give_way(self) -> None:
-        self.patch(HEAVY=1, RECEIVE_BYTES=10)
+        self.patch(HEAVY=1, LIGHT_BYTES=10)
         sock = self.client(b"job " + b"x" * 20)
         until(lambda: self.turn() or self.lines.heavy)
         sock.sendall(b"\n")
@@ -5620,7 +5642,7 @@ class ConnectionTest(Case):
         self.reads(sock, b"job " + b"x" * 20 + b"\n")
 
     def test_long_requests_that_wait_for_a_worker_are_few(self) -> None:
-        self.patch(HEAVY=1, RECEIVE_BYTES=10, WORKERS=1)
+        self.patch(LONG_JOBS=1, LIGHT_BYTES=10, WORKERS=1)
         line = b"job " + b"x" * 20 + b"\n"
         for count in range(1, 3):  # one has the worker
             self.client(line)
@@ -5629,9 +5651,19 @@ class ConnectionTest(Case):
         self.assertEqual(self.states(), ["working"] * 2)
 
     def test_many_long_requests_in_part_give_way(self) -> None:
-        self.patch(HEAVY=2, RECEIVE_BYTES=10)
+        self.patch(HEAVY=2, LIGHT_BYTES=10)
         socks = [self.client(b"x" * 20) for _ in range(3)]
         until(lambda: self.turn() or len(self.states()) == 2)
+        self.closed(socks[0])
+
+    def test_a_long_request_of_another_network_does_not_give_way(self) -> None:
+        self.patch(HEAVY=2, LIGHT_BYTES=10)
+        first = self.client(b"x" * 20, source="127.0.0.3")
+        until(lambda: self.turn() or len(self.states()) == 1)
+        socks = [self.client(b"x" * 20) for _ in range(4)]
+        until(lambda: self.turn() or len(self.states()) == 2)
+        first.sendall(b"\n")
+        self.reads(first, b"x" * 20 + b"\n")
         self.closed(socks[0])
 
     def test_the_longest_idle_of_the_largest_network_is_evicted(self) -> None:
