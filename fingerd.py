@@ -87,6 +87,7 @@ MAX_ACCEPT = 1_000  # characters of an Accept header that count; 16,000 would ta
 MAX_BODY = 65_536  # bytes of a request body, with the sizes of its chunks
 MAX_CHUNKS = 64  # of a request body; they are read again each time that bytes arrive
 MAX_TRAILERS = 4_096  # bytes of the last chunk, with the headers behind it
+MAX_LISTING = 100_000  # characters of a finger listing
 MAX_LISTED = 1_000  # users on the web page, and in a finger listing
 MAX_FEED = 50  # entries of a feed
 MAX_PAGES = 256  # users' pages that are remembered, each of 20 kB at most
@@ -1143,10 +1144,12 @@ class Policy(NamedTuple):
 
 
 def finger_listing(now: Snapshot, long: bool) -> str:
-    """The first MAX_LISTED users, and how many more there are."""
+    """The first users, MAX_LISTED and MAX_LISTING at most, and how many more there are."""
     users = itertools.islice(now.users(), MAX_LISTED)
     form = "{}: {} (since {})\r\n" if long else "{}: {}\r\n"
     lines = [form.format(user, status.text, plain_time(status.since)) for user, status in users]
+    sizes = itertools.accumulate(map(len, lines))
+    lines = [line for line, size in zip(lines, sizes) if size <= MAX_LISTING]
     more = now.size() - len(lines)
     return "".join(lines) + (f"... and {more} more\r\n" if more else "")
 

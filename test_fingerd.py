@@ -2118,6 +2118,10 @@ class FingerTest(SharedCase):
             answer = ask(server.port, query)
             lines = answer.decode().split("\r\n")
             self.assertEqual((len(lines), lines[1000:]), (1002, ["... and 2000 more", ""]))
+        store = make_store({f"user{number:04}": "x" * 1_000 for number in range(300)})
+        answer = ask(self.server(fingerd.FingerServer, store).port, b"\n").decode()
+        self.assertTrue(99_000 < len(answer) < 100_100, len(answer))
+        self.assertTrue(answer.endswith("... and 202 more\r\n"), answer[-30:])
 
     def test_a_fault_inside_leaks_nothing(self) -> None:
         logged = self.watch_log()
