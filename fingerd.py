@@ -1178,7 +1178,7 @@ def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, plan: str =
     if not query.user:
         denied = "Finger online user list denied\r\n"
         return denied if policy.private else finger_listing(now, query.long)
-    user = now.find(query.user)
+    user = query.user if query.user in now.file else now.find(query.user)
     status = now.get(user)
     answer = long_answer(user, status) if query.long and status.text else status.text
     if plan:
