@@ -1926,35 +1926,28 @@ class Server(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection as far as that is possible without waiting for its client."""
         connection: Connection = request
-        if connection.state == CLOSED:
+        if connection.network and self.go_on(connection):
             return
-        if connection.result:
-            self.end_job(connection, connection.result)
-        elif connection.unsent:
-            self.send(connection)
-        elif connection.drain:
-            self.drop(connection)
-        else:
-            if not connection.pipelined:
-                try:
-                    chunk = connection.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    self.wait(connection)
-                    return
-                connection.ended = not chunk
-                connection.received += chunk
-                if len(chunk) == RECEIVE_BYTES:  # more may be there, to be read before the end
-                    self.wait(connection)
-            connection.pipelined = False
-            reply = self.reply(connection.received, connection.ended, connection)
-            if isinstance(reply, Reply):
-                self.send(connection, reply)
-            elif reply:
-                self.begin_job(connection, reply)
-            elif connection.ended:
-                self.shutdown_request(connection)
-            else:
+        if not connection.pipelined:
+            try:
+                chunk = connection.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
                 self.wait(connection)
+                return
+            connection.ended = not chunk
+            connection.received += chunk
+            if len(chunk) == RECEIVE_BYTES:  # more may be there, to be read before the end
+                self.wait(connection)
+        connection.pipelined = False
+        reply = self.reply(connection.received, connection.ended, connection)
+        if isinstance(reply, Reply):
+            self.send(connection, reply)
+        elif reply:
+            self.begin_job(connection, reply)
+        elif connection.ended:
+            self.shutdown_request(connection)
+        else:
+            self.wait(connection)
 
     def service_actions(self) -> None:
         """Serve connections for TURNS_SECONDS; then close those whose deadline has passed."""
@@ -2064,12 +2057,27 @@ class Server(socketserver.ThreadingTCPServer):
 
     # Replies.
 
+    def go_on(self, connection: Connection) -> bool:
+        """Go on with what a connection has begun; False if it waits for a request."""
+        if connection.state == CLOSED:
+            return True  # it was evicted in this turn
+        if connection.result:
+            self.end_job(connection, connection.result)
+        elif connection.unsent:
+            self.send(connection)
+        elif connection.drain:
+            self.drop(connection)
+        else:
+            return False
+        return True
+
     def send(self, connection: Connection, reply: Reply | None = None) -> None:
         """Send as much of a new reply, or of the one that was begun, as the client takes now."""
         if reply:
             connection.received = connection.received[reply.used :]
-            connection.pipelined = reply.used > 0 and connection.received != b""
             connection.closing = reply.close or self.stopping
+            answered = reply.used > 0 and not connection.closing
+            connection.pipelined = answered and connection.received != b""
             connection.unsent = [*reply.pieces]
         piece = connection.unsent.pop(0)
         try:
@@ -2100,8 +2108,7 @@ class Server(socketserver.ThreadingTCPServer):
     def await_end(self, connection: Connection) -> None:
         """Wait for the client to close: bytes that are still on their way could reset the reply."""
         connection.sock.shutdown(socket.SHUT_WR)
-        connection.pipelined, connection.drain = False, DRAIN_BYTES
-        connection.deadline = time.monotonic() + DRAIN_SECONDS
+        connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
         self.wait(connection)
 
     def drop(self, connection: Connection) -> None:
