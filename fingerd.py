@@ -11,7 +11,7 @@ A `server` is the finger, the setter or the web server; a `client` has a `connec
 message, or else the text in the users file.
 
 Six layers follow: text, codecs, store, answers, services and command line. A layer uses only the
-layers above it, and a name is used only below its definition.
+layers above it. Except in annotations, a name is used only below its definition.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ try:
     import http.server
     import xmlrpc.server
 except ModuleNotFoundError as problem:
-    sys.exit(f"fingerd: {problem}; a whole Python is needed (Debian: python3, not python3-minimal)")
+    sys.exit(f"fingerd: {problem}; install all of Python (Debian: python3, not python3-minimal)")
 import argparse
 import base64
 import collections
@@ -91,8 +91,8 @@ MAX_LISTING = 100_000  # characters of a finger listing
 MAX_LISTED = 1_000  # users on the web page, and in a finger listing
 MAX_FEED = 50  # entries of a feed
 MAX_PAGES = 256  # users' pages that are remembered, each of 20 kB at most
-MAX_SHORT_LIST = 100  # users whose list is made at once; that of more takes long
-MAX_SHORT_CALL = 2_048  # bytes of an XML-RPC call that is read at once; a longer one takes long
+MAX_SHORT_LIST = 100  # users in a list that the loop makes itself; a longer list is a job
+MAX_SHORT_CALL = 2_048  # bytes of an XML-RPC call that the loop parses; a longer one is a job
 MAX_RPC_USERS = 10_000  # users in an answer to listUsers
 MAX_MULTICALL = 100  # calls inside one system.multicall
 MAX_PLAN, MAX_PLAN_LINES = 65_536, 1_000  # bytes and lines of a plan; the rest is cut off
@@ -114,15 +114,15 @@ LOCKED_SECONDS = 0.4  # for a state file that another program has locked
 CONNECTIONS = 10_000  # at the same time; fewer if the process may not have as many descriptors
 SPARE_DESCRIPTORS = 64  # for everything but connections
 WORKERS = 16  # threads that compute replies; each may delay the loop by 0.1 ms
-SEND_SECONDS = 10.0  # for a client to take a reply, and the time of SLOWEST_READER for its bytes
-SLOWEST_READER = 100_000  # bytes a second
-HEAVY = 1_024  # connections that hold a long request or reply in part; others are light
-LIGHT_BYTES = 1_024  # of a request in part
+SEND_SECONDS = 10.0  # for a client to take a reply; each byte that it takes extends the time
+SLOWEST_READER = 100_000  # bytes a second: a faster client is never cut off
+HEAVY = 1_024  # connections with a long incomplete request or an unsent reply; others are light
+LIGHT_BYTES = 1_024  # of an incomplete request, on a light connection
 LONG_JOBS = 64  # long requests of one network that wait for a worker
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
 BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
-TURNS_SECONDS = 0.1  # between looks for a shutdown, and for connections whose deadline passed
+TURNS_SECONDS = 0.1  # between checks for a shutdown and for connections whose deadline has passed
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
 
 # The process.
@@ -130,14 +130,14 @@ FLOOD_LINES, FLOOD_SECONDS = 120, 600.0  # log lines of one kind in this many se
 LOG_LINES = 1_000  # that wait for stderr; more are dropped
 
 # IRC.
-IRC_TEXT_BYTES = 380  # of a text and its target; a line has 512, with our nick!user@host
+IRC_TEXT_BYTES = 380  # of a text and its target; a line has 512 bytes, nick!user@host included
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
-IRC_QUERIES, IRC_RECENT = 12, 1_000  # of a user@host between keep-alives; of all that are counted
+IRC_QUERIES, IRC_RECENT = 12, 1_000  # from one user@host between keep-alives; remembered from all
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
 IRC_CONNECT_SECONDS = 15.0  # for each address, and for the TLS handshake
 IRC_KEEP_ALIVE_SECONDS = 90.0  # for the registration; between PINGs; before another JOIN
-IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # the back-off, doubled by each failure
+IRC_RETRY_SECONDS, IRC_LONGEST_RETRY_SECONDS = 2.0, 600.0  # the back-off, doubled on each failure
 
 NO_SUCH_USER = "No such user"
 INTERNAL_ERROR = "Internal error in server"
@@ -146,14 +146,14 @@ RUN_AS_HINT = ", see --run-as" if os.geteuid() == 0 else ""  # only root can cha
 log = logging.getLogger("fingerd")
 
 # ================================================================================================
-# 1. text: whatever comes from outside becomes one printable line, once, at the door
+# 1. text: input from outside becomes one printable line, once, when it is parsed
 # ================================================================================================
 
 UNPRINTABLE = (
     "[\x00-\x1f\x7f-\x9f"  # C0, DEL, C1
     "\u2028\u2029"  # line and paragraph separators
     "\u202a-\u202e\u2066-\u2069"  # bidirectional embeddings, overrides and isolates
-    "\u00ad\u180e\u200b\u2060-\u2064\ufeff"  # what nobody can see, the byte order mark included
+    "\u00ad\u180e\u200b\u2060-\u2064\ufeff"  # invisible characters, the byte order mark included
     "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"  # lone surrogates, noncharacters
 )
 
@@ -174,7 +174,7 @@ def clean(text: str | bytes) -> str:
 
 
 def entry_problem(name: str, text: str = "") -> str:
-    """Why a user cannot have this name and the status `text`, or "" if that is possible."""
+    """The reason why a user cannot have this name and the status `text`, or "" if there is none."""
     if not name:
         return "no name"
     if len(name) > MAX_NAME:
@@ -187,7 +187,7 @@ def entry_problem(name: str, text: str = "") -> str:
 
 
 # ================================================================================================
-# 2. codecs: pure, total functions between bytes and values; no input makes them raise
+# 2. codecs: functions between bytes and values, without side effects; few can raise
 # ================================================================================================
 
 # ---- the users file ----------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class UsersFile(NamedTuple):
     """The content of a users file."""
 
     texts: dict[str, str]
-    problems: list[str]  # `LINE: reason` of the first MAX_PROBLEMS, and whether there are more
+    problems: list[str]  # `LINE: reason` of the first MAX_PROBLEMS, and a line if there are more
     repeated: list[str] = []  # `LINE: reason` of lines that replace others; MAX_PROBLEMS at most
     modified: float = 0.0  # seconds since 1970
     dates: dict[str, float] | None = None  # since when; None if the file has no times
@@ -218,8 +218,8 @@ def clean_line(raw: bytes) -> tuple[str, str]:
 def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> UsersFile:
     """The users in lines of `clean_line`; the last one for a user counts, a bad one is skipped.
 
-    A status that is in `known` already is the same object again, so that reading a large file
-    anew costs little memory. Reading stops after MAX_USERS users.
+    A status that is already in `known` is reused as the same object, so that reading a large file
+    again costs little memory. Reading stops after MAX_USERS users.
     """
     texts: dict[str, str] = {}
     problems: list[str] = []
@@ -249,7 +249,7 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
 
 
 class FingerQuery(NamedTuple):
-    """One query: `user` is "" for everybody, `host` None if none was named."""
+    """One query: `user` is "" if it asks for everybody; `host` is None if it names no host."""
 
     user: str = ""
     long: bool = False  # asked with /W
@@ -257,7 +257,7 @@ class FingerQuery(NamedTuple):
     too_long: bool = False
 
 
-_TELNET_OPTION = re.compile(rb"\xff[\xfb-\xfe].")  # which some clients offer first
+_TELNET_OPTION = re.compile(rb"\xff[\xfb-\xfe].")  # some clients send these first
 _LONG = re.compile("(?:^| )/W(?= |$)", re.IGNORECASE)
 
 
@@ -280,7 +280,7 @@ def parse_plan(data: bytes) -> str:
     lines = text[:MAX_PLAN].splitlines()
     is_cut = max(len(data), len(text)) > MAX_PLAN or len(lines) > MAX_PLAN_LINES
     plan = [
-        line[: len(line) - len(line.lstrip(" "))] + clean(line)  # its indentation stays
+        line[: len(line) - len(line.lstrip(" "))] + clean(line)  # the indentation is kept
         for line in lines[:MAX_PLAN_LINES]
     ]
     return "\n".join(plan + ["... (cut)"] * is_cut)
@@ -292,7 +292,7 @@ PERIODS = {"m": 60, "h": 3_600, "d": 86_400, "w": 604_800}  # in seconds
 
 
 def parse_time(words: str, now: float) -> float:
-    """The time that `words` name, in seconds since 1970; raises ValueError if there is none."""
+    """The time that `words` name, in seconds since 1970; may raise ValueError or OverflowError."""
     period = re.fullmatch("([0-9]{1,6})([mhdw])", words)
     if period:
         return now + int(period[1]) * PERIODS[period[2]]
@@ -331,7 +331,7 @@ def iso_time(when: float) -> str:
 
 
 def parse_iso_time(text: str) -> float:
-    """The time in a text of iso_time; raises ValueError if it is another text."""
+    """The time in a text of iso_time; raises ValueError for any other text."""
     return datetime.datetime.fromisoformat(text.rstrip("Z") + "+00:00").timestamp()
 
 
@@ -359,7 +359,7 @@ def parse_http_time(text: str) -> float:
 
 # ---- the setter's two lines --------------------------------------------------------------------
 
-NOT_A_NAME = re.compile(  # a control character, or the start of another protocol
+NOT_A_NAME = re.compile(  # a control character, or what a client of another protocol sends first
     rb".*([\0-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f])|.*\bHTTP/[0-9]|\w+ +[/*]|SSH-[0-9]"
     rb"|220[ -]|(AUTH|EHLO|HELO|PASS|USER) .|CAP (LS|REQ)\b|(?-i:NICK|nick) ."  # not Nick Cave
     rb"|PROXY TCP[46] |<\?xml|\*[0-9]+$",
@@ -395,7 +395,7 @@ def parse_setting(data: bytes, ended: bool, now: float) -> Setting | None:
 
 
 # ---- HTTP/1.1 requests (RFC 9112) --------------------------------------------------------------
-# They are read strictly: if a proxy finds the end of a request elsewhere than we do, a client can
+# They are read strictly: if a proxy and fingerd disagree about where a request ends, a client can
 # hide a second request in the first. No answer depends on the host, in the target or in a header.
 
 
@@ -406,7 +406,7 @@ class HttpRequest(NamedTuple):
     size: int = 0  # bytes of the head, and of the body as soon as that is complete
     method: str = ""
     path: str = ""
-    user: str = ""  # whom the path names: all of it, percent-encoded UTF-8
+    user: str = ""  # the whole path after its first "/", percent-decoded
     query: str = ""
     headers: Mapping[str, str] = {}  # names in lower case; repeated ones joined with ", "
     body: bytes | None = b""  # None while it is incomplete
@@ -423,7 +423,7 @@ _REQUEST_LINE = re.compile(
     % (_TOKEN, HOST.encode(), _PATH, _QUERY)
 )
 _HEADERS = re.compile(rb"(?:%s\r?\n){0,%d}\r?\n" % (_FIELD, MAX_HEADERS))
-_HEAD = re.compile(rb"[\r\n]*[^\r\n](?:[^\n]*\n)+?\r?\n")  # some bodies end with an extra line
+_HEAD = re.compile(rb"[\r\n]*[^\r\n](?:[^\n]*\n)+?\r?\n")  # an extra line may follow a body
 _EXTENSION = rb"[ \t]{0,64}(?:;[\t -~\x80-\xff]{0,256})?\r\n"
 _CHUNK = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})%s" % _EXTENSION)
 _LAST_CHUNK = re.compile(rb"\r\n0{1,8}%s(?:%s\r\n)*\r\n" % (_EXTENSION, _FIELD))
@@ -445,9 +445,9 @@ def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     return 413 if int(length) > MAX_BODY else 0
 
 
-@functools.lru_cache(maxsize=128)  # 6 MB at the most; without it, a page takes us 50 % longer
+@functools.lru_cache(maxsize=128)  # 6 MB at the most; without it, a page takes 50 % longer
 def parse_complete_head(head: bytes) -> HttpRequest:
-    """The request with this head, before which empty lines may stand, and without its body."""
+    """The request with this head, which may follow empty lines; the body is not included."""
     line = _REQUEST_LINE.match(head)
     if not (line and _HEADERS.fullmatch(head, line.end())):
         return HttpRequest(400)
@@ -478,7 +478,7 @@ def parse_complete_head(head: bytes) -> HttpRequest:
 
 
 def parse_begun_head(data: bytes) -> HttpRequest | None:
-    """The refusal of a head that has no end in `data`, or None if that may still come."""
+    """The refusal of a head that is incomplete in `data`, or None if it may still be valid."""
     if b"\n" in data.lstrip(b"\r\n") and not _REQUEST_LINE.match(data):
         return HttpRequest(400)  # perhaps HTTP/0.9, without headers
     return HttpRequest(431) if len(data) >= MAX_HTTP_HEAD else None
@@ -486,7 +486,7 @@ def parse_begun_head(data: bytes) -> HttpRequest | None:
 
 def parse_chunks(head: HttpRequest, data: bytes) -> HttpRequest:
     """The request with its chunked body (section 7.1), without extensions and trailers."""
-    text, at = b"\r\n" + data[head.size :], 0  # so that each chunk stands behind an end of line
+    text, at = b"\r\n" + data[head.size :], 0  # so that each chunk follows an end of line
     pieces: list[bytes] = []
     while at <= MAX_BODY and len(pieces) <= MAX_CHUNKS:
         last = _LAST_CHUNK.match(text, at, at + MAX_TRAILERS)
@@ -519,7 +519,7 @@ def parse_http_request(data: bytes) -> HttpRequest | None:
 
 # ---- pages -------------------------------------------------------------------------------------
 
-FORMATS = {  # that a web client may ask for; the media ranges that admit each, beside */*
+FORMATS = {  # that a web client may ask for, each with the media ranges that admit it, besides */*
     "html": ["text/html", "text/*"],  # its own type comes first
     "text": ["text/plain", "text/*"],
     "json": ["application/json", "application/*"],
@@ -527,7 +527,7 @@ FORMATS = {  # that a web client may ask for; the media ranges that admit each, 
 }
 
 
-@functools.lru_cache(maxsize=128)  # 2 MB at the most; without it, a page takes us 50 % longer
+@functools.lru_cache(maxsize=128)  # 2 MB at the most; without it, a page takes 50 % longer
 def choose_format(query: str, accept: str) -> str:
     """The name in FORMATS that a request asks for, or "" if it accepts none of them.
 
@@ -633,7 +633,7 @@ def html_status(text: str) -> str:
 
 
 def json_status(user: str, text: str, since: float, until: float | None, plan: str = "") -> str:
-    """A user's status as a JSON object, with the plan if there is one; null for no time."""
+    """A user's status as a JSON object, with the plan if there is one; a missing time is null."""
     times = {"since": iso_time(since) if text else None, "until": until and iso_time(until)}
     more = {"plan": plan} if plan else {}
     return json.dumps({"user": user, "status": text, **times, **more}, ensure_ascii=False)
@@ -647,7 +647,7 @@ def json_list(objects: Iterator[str]) -> Iterator[str]:
 def parse_json_list(data: bytes, known: Mapping[str, str], now: float) -> UsersFile:
     """The users in a `json_list` of `json_status`; a line with something else is skipped.
 
-    A date more than MAX_SKEW after `now` becomes `now`; an end is MAX_AHEAD after it at most.
+    A date more than MAX_SKEW after `now` becomes `now`; an end is at most `now` + MAX_AHEAD.
     """
     dates: dict[str, float] = {}
     ends: dict[str, float] = {}
@@ -723,7 +723,7 @@ def parse_rpc_call(body: bytes, content_type: str = "") -> RpcCall:
 
 
 class IrcLine(NamedTuple):
-    """A parsed message."""
+    """A parsed line."""
 
     tags: str  # as they were sent
     source: str  # nick!user@host, or the name of a server
@@ -747,7 +747,7 @@ def parse_irc_line(raw: bytes) -> IrcLine:
 
 
 def format_irc_line(command: str, *params: str) -> bytes:
-    """The message as bytes. CR, LF and NUL are removed; the last parameter may hold blanks."""
+    """A line as bytes. CR, LF and NUL are removed; the last parameter may contain blanks."""
     *middle, last = params
     if not last or last.startswith(":") or " " in last:
         last = f":{last}"
@@ -774,7 +774,7 @@ def reconnect_delay(attempt: int, jitter: float) -> float:
 
 
 class Status(NamedTuple):
-    """What is shown for a user; its beginning and its end, if it has one (seconds since 1970)."""
+    """What is shown for a user, since when, and until when if it ends (seconds since 1970)."""
 
     text: str
     since: float
@@ -782,7 +782,7 @@ class Status(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A status that was set. It is shown while the users file says the same about the user."""
+    """A text that was set. It is shown as long as the user's line in the file stays the same."""
 
     text: str
     since: float
@@ -792,11 +792,11 @@ class Message(NamedTuple):
 
 
 class NotKept(Exception):
-    """A message could not be kept, and nothing changed; the text says why in plain words."""
+    """A message could not be kept, and nothing changed; the text is the reason."""
 
 
 def sorted_in_slices(names: list[str]) -> list[str]:
-    """`names` in order; sorted in slices, as one sort of a million stops every thread."""
+    """`names` in order; it sorts slices, because one sort of a million names stops every thread."""
     size = 20_000
     slices = [sorted(names[at : at + size]) for at in range(0, len(names), size)]
     in_order = all(left[-1] < right[0] for left, right in zip(slices, slices[1:]))
@@ -823,14 +823,14 @@ class Snapshot(NamedTuple):
     version: int = 0  # rises with everything that becomes visible
     changed: float = 0.0  # when it became visible
     file: dict[str, str] = {}  # what the users file says, empty texts included
-    loaded: float = 0.0  # since when the file says so,
-    dates: dict[str, float] = {}  # except for the lines that a later reload brought
-    ends: dict[str, float] = {}  # when another server will take lines of its list back
+    loaded: float = 0.0  # when the file was loaded first: the date of its lines,
+    dates: dict[str, float] = {}  # except of those that have a date here
+    ends: dict[str, float] = {}  # when another server will take back lines of its list
     messages: dict[str, Message] = {}  # all of them, hidden ones included
     names: list[str] = []  # the users with a text in the file, sorted
     others: list[str] = []  # the users with a message alone, sorted
-    file_cased: dict[str, str] = {}  # the names in `file` that are not in lower case
-    others_cased: dict[str, str] = {}  # those in `others`
+    file_cased: dict[str, str] = {}  # the names in `file` that casefold() changes, by its result
+    others_cased: dict[str, str] = {}  # the same for `others`
 
     def get(self, user: str) -> Status:
         """The user's status; its text is "" if there is none."""
@@ -840,7 +840,7 @@ class Snapshot(NamedTuple):
         return Status(line or "", self.dates.get(user, self.loaded), self.ends.get(user))
 
     def find(self, name: str) -> str:
-        """The user called `name`, else the only one who is called so but for case, else ""."""
+        """The user with this name, else the only one whose name differs only in case, else ""."""
         if name in self.file or self.get(name).text:
             return name
         folded = name.casefold()
@@ -865,10 +865,10 @@ class Snapshot(NamedTuple):
         return {user: (text, dates.get(user, self.loaded)) for user, text in texts if text}
 
     def settled(self, now: float) -> Snapshot:
-        """The snapshot without the messages that are over, and with the `others` that follow.
+        """The snapshot without the messages that are over, and with `others` computed again.
 
-        A message is over if it has no text, if it has expired, or if the file says something else
-        than it covers.
+        A message is over if it has no text, if it has expired, or if the user's line
+        in the file is not the one that it covers.
         """
         messages = {
             user: message
@@ -883,10 +883,10 @@ class Snapshot(NamedTuple):
 
 
 class StateFile:
-    """The messages and the dates of the users file's lines on disk. For one thread at a time.
+    """Keeps the messages, and the dates of the file's lines, on disk. For one thread at a time.
 
-    Opened after privileges are dropped, because SQLite acts on every file beside a database; and
-    anew for each transaction, so that it may be replaced or copied at any other time.
+    It is opened after privileges are dropped, because SQLite also opens files beside it.
+    Each transaction opens it again, so that it can be replaced or copied at any other time.
     """
 
     APPLICATION_ID = 0x46494E47  # "FING", in the file's header
@@ -905,7 +905,7 @@ class StateFile:
     FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Lock the file, or make it, and read it; NotKept if that is not possible."""
+        """Lock the file, create it if it is missing, and read it; raise NotKept on failure."""
         self._path, self._opened = path, contextlib.ExitStack()
         self._file: dict[str, str] = {}  # the users file whose lines are on disk
         self.close = self._opened.close
@@ -935,7 +935,7 @@ class StateFile:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A transaction in the file, which is on disk at its end and closed again."""
+        """A transaction in the file; at its end the changes are on disk and the file is closed."""
         os.close(os.open(self._path, self.FLAGS, 0o600))  # SQLite would let others read it
         db = sqlite3.connect(self._path, timeout=LOCKED_SECONDS, isolation_level=None)
         with contextlib.closing(db):
@@ -943,13 +943,13 @@ class StateFile:
             try:
                 with db:
                     yield db
-            except sqlite3.Error:  # the next start must not find parts of it in the log
+            except sqlite3.Error:  # so that the next start finds no part of it in the log
                 with contextlib.suppress(sqlite3.Error):
                     db.execute(f"PRAGMA user_version = {self.VERSION}")
                 raise
 
     def _begin(self, db: sqlite3.Connection) -> None:
-        """Begin a transaction; OSError if the file is foreign, and left alone."""
+        """Begin a transaction; raise OSError, and change nothing, if the file is not ours."""
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         tables = db.execute("SELECT name FROM sqlite_master").fetchall()
@@ -959,7 +959,7 @@ class StateFile:
             raise OSError("made by a newer fingerd")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
-        # Each commit goes on into the database, so that nothing is lost with the log beside it.
+        # Each commit is copied into the database, so that losing the log beside it loses nothing.
         db.execute("PRAGMA wal_autocheckpoint = 1")
         upgrade = "ALTER TABLE messages ADD COLUMN until REAL;" if version == 1 else ""
         schema = self.SCHEMA if version < self.VERSION else ""
@@ -970,7 +970,7 @@ class StateFile:
         return {user: tuple(more) for user, *more in db.execute(f"SELECT * FROM {table}")}
 
     def write(self, new: Snapshot) -> None:
-        """Put the messages and the lines of `new` on disk; NotKept if that is not possible."""
+        """Write the messages and the lines of `new` to disk; raise NotKept if that fails."""
         try:
             with self._transaction() as db:
                 found = self._read(db, "messages")
@@ -980,7 +980,7 @@ class StateFile:
         except (OSError, sqlite3.Error) as problem:
             raise NotKept(f"could not be kept: {problem}") from None
         if found != self.messages:
-            log.warning("%s: somebody else changed it, and it is put right", self._path)
+            log.warning("%s: another program changed it; its changes are overwritten", self._path)
         self.messages, self._file = new.messages, new.file
 
     def _replace(
@@ -1004,16 +1004,16 @@ class StatusStore:
 
     def __init__(self) -> None:
         self._state: StateFile | None = None
-        self.lost_at_restart = False  # whether a state file was wanted and could not be had
+        self.lost_at_restart = False  # whether the state file could not be opened
         self._writing = threading.Lock()
         # Calls of `set` that wait for a commit: name, message, and what the call will return.
         self._orders: collections.deque[tuple[str, Message, Future[str]]] = collections.deque()
         self._changes: collections.deque[Any] = collections.deque(maxlen=MAX_CHANGES)
         self.now = Snapshot()  # all that is visible
-        self.problems: dict[str, str] = {}  # with the users file and the state file
+        self.problems: dict[str, str] = {}  # by name: of the users file and the state file
 
     def restore(self, state: StateFile) -> None:
-        """Show the messages in `state`, date the file's lines by it, and keep all changes there."""
+        """Take the messages and the dates of lines from `state`, and keep all changes there."""
         with self._writing:
             self._state, now = state, self.now
             lines = state.lines.items()
@@ -1026,13 +1026,13 @@ class StatusStore:
             self._publish(now._replace(messages=messages, dates={**dates, **now.dates}), when)
 
     def changes_after(self, version: int) -> list[tuple[int, str, str]]:
-        """The last MAX_CHANGES statuses that became visible since: versions, users and texts."""
+        """The statuses that appeared after `version`, MAX_CHANGES at most: version, user, text."""
         return [change for change in self._changes.copy() if change[0] > version]
 
     def replace_file(self, users: UsersFile, when: float) -> bool:
-        """Let the users file say this from `when` on; returns whether that is anything new.
+        """Replace the users file's content as of `when`; return False if nothing is new.
 
-        A message over a line that changed is forgotten, one whose user is absent is hidden. The
+        A message is forgotten if its line changed, and hidden if its user is absent now. The
         first load is announced to nobody. The dicts in `users` belong to the store from now on.
         """
         with self._writing:
@@ -1060,10 +1060,10 @@ class StatusStore:
                 self._publish(self.now, now)
 
     def set(self, user: str, text: str, by: str = "", until: float | None = None) -> str:
-        """Set the user's message, "" to take it back; returns the name in the store's spelling.
+        """Set the user's message, or take it back for ""; return the name as the store spells it.
 
-        It returns once the change is on disk and visible, and raises NotKept, with nothing
-        changed, if that is not possible. One caller commits for all who wait behind a commit.
+        It returns once the change is on disk and visible; if that fails, nothing changes and it
+        raises NotKept. Callers that wait during a commit share the next one.
         """
         now = self.now
         if text and len(now.messages) >= MAX_MESSAGES and now.find(user) not in now.messages:
@@ -1079,7 +1079,7 @@ class StatusStore:
         """Commit and publish all orders, and note each one's outcome."""
         old, when = self.now, time.time()
         messages, users = dict(old.messages), {}
-        # `find` does not know newcomers, and those whose messages are hidden: here by casefold.
+        # `find` knows neither new users nor those with a hidden message: look these up by casefold.
         hidden = [user for user, each in messages.items() if each.covers != old.file.get(user)]
         unseen = {user.casefold(): user for user in hidden}
         while self._orders:
@@ -1101,8 +1101,8 @@ class StatusStore:
         """Put `new`, without the messages that are over, on disk and make it visible.
 
         `users` are those whose lines or messages were replaced. What cannot be put on disk is tried
-        again with the next change; with `only_if_kept`, it is not made visible, and the reason is
-        returned.
+        again with the next change. With `only_if_kept`, it is not made visible then, and the
+        reason is returned.
         """
         old, new, version = self.now, new.settled(when), self.now.version + 1
         changed = dict.fromkeys([*users, *(u for u in old.messages if u not in new.messages)])
@@ -1125,7 +1125,7 @@ class StatusStore:
 
 
 # ================================================================================================
-# 4. answers: the store and a parsed query make a reply; time comes in, bytes go out
+# 4. answers: the store and a parsed query make a reply; no socket, thread or clock
 # ================================================================================================
 
 
@@ -1134,8 +1134,8 @@ class Policy(NamedTuple):
 
     private: bool = False  # nobody is told who has a status
     hostnames: frozenset[str] = frozenset({"localhost"})  # this machine's names, in lower case
-    finger_host: str = "localhost"  # where pages say that users can be fingered,
-    finger_port: int = 0  # 0 for nowhere
+    finger_host: str = "localhost"  # the host in the finger command that pages show,
+    finger_port: int = 0  # and its port; pages show the command if it is 79
     public_url: str = "/"  # the web server's address behind a proxy, ending in "/"
     feed_root: str = "tag:fingerd,2026:"  # the start of ids in feeds: the same on all replicas
 
@@ -1169,7 +1169,7 @@ def is_ours(host: str, reached: str, policy: Policy) -> bool:
 def finger_answer(now: Snapshot, query: FingerQuery, policy: Policy, plan: str = "") -> str:
     """The answer to a finger query, each line ended by CRLF (RFC 1288, section 2.2).
 
-    `query.host` is a host that is not ours; `plan` is the text of the user's plan.
+    `query.host` is None or a host that is not ours; `plan` is the text of the user's plan.
     """
     if query.too_long:
         return "Query too long\r\n"
@@ -1200,7 +1200,7 @@ class Page(NamedTuple):
 
 
 def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
-    """The page of `texts`, which changed last at `since`."""
+    """The page of `texts`, which changed last at `since`; -1 if that is not known."""
     texts = iter(texts)
     pieces = list(iter(lambda: "".join(itertools.islice(texts, 1_000)).encode(), b""))
     sha256 = hashlib.sha256()
@@ -1220,7 +1220,7 @@ def error_page(status: int, words: str = "") -> Page:
     return make_page(status, "text/html", [html_page(str(status), f"<p>{words}</p>")])
 
 
-# What pages from elsewhere may read, and what they may send.
+# For scripts of other sites: they may read every answer, and send these requests.
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"
 ALLOWED = "Access-Control-Allow-Methods: GET, HEAD\r\nAccess-Control-Allow-Headers: *\r\n"
 
@@ -1247,7 +1247,7 @@ def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
 
 
 def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> str:
-    """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest stands first.
+    """The Atom feed (RFC 4287) of `user`, or of everybody for ""; the newest entry comes first.
 
     An entry's id is the same as long as its text is, also after a restart and on a replica.
     """
@@ -1341,7 +1341,7 @@ class WebAnswers:
         self._remembered = functools.lru_cache(MAX_PAGES)(self._make_user)
 
     def _allowed(self, path: str) -> list[str]:
-        """The methods that can be used there."""
+        """The HTTP methods that `path` allows."""
         has_page = path != "/RPC2" or self._store.now.find("RPC2") != ""
         takes_calls = path in ("/", "/RPC2")  # some clients post their calls to /
         is_public = path != "/RPC2" and self._policy.public_url != "/"
@@ -1378,7 +1378,7 @@ class WebAnswers:
         now, is_private = self._store.now, self._policy.private
         if is_private and name != "html":
             return error_page(403, "The list of users is private here.")
-        since = -1 if is_private else now.changed  # which would tell of messages
+        since = -1 if is_private else now.changed  # the date would reveal when messages are set
         return make_page(200, FORMATS[name][0], LIST_PAGES[name](now, self._policy), since)
 
     def _make_user(self, name: str, user: str, status: Status, plan: str) -> Page:
@@ -1393,7 +1393,7 @@ class WebAnswers:
         more = ""
         if page.status == 405:
             more += f"Allow: {', '.join(self._allowed(request.path))}\r\n"
-        if self._store.problems:  # monitors look for them
+        if self._store.problems:  # a header for monitoring
             more += f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
         if self._policy.public_url != "/" and request.method != "POST" and request.path != "/RPC2":
             more += ANY_ORIGIN
@@ -1407,13 +1407,13 @@ class WebAnswers:
         pieces = [] if request.method == "HEAD" else page.pieces
         if len(pieces) == 1 and len(pieces[0]) <= BLOCK_BYTES:
             return [top + pieces[0]]
-        return [top, *pieces]  # which many responses share
+        return [top, *pieces]  # the pieces are shared, not copied
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
 
-SHORT_CALLS = ("getStatus", "getUser")  # which can be called together
-LONG_CALLS = ("getPlan", "listUsers", "system.multicall")  # which are jobs
+SHORT_CALLS = ("getStatus", "getUser")  # allowed in system.multicall
+LONG_CALLS = ("getPlan", "listUsers", "system.multicall")  # computed by a worker
 RPC_PARAMETERS = {"listUsers": [], "system.listMethods": [], "system.multicall": [list]}
 
 
@@ -1444,7 +1444,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         self.register_multicall_functions()
 
     def page(self, call: RpcCall) -> Page:
-        """The response to a call; the one to listUsers is made once for a version of the store."""
+        """The response to a call; that to listUsers is made once per version of the store."""
         try:
             if (call.method, call.params) == ("listUsers", ()):
                 return self._list_page(self._store.now.version)
@@ -1525,7 +1525,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
 
 
 class IrcOptions(NamedTuple):
-    """The settings of the bot, each from the option `irc_` and its name."""
+    """The settings of the bot; each field NAME comes from the option `irc_NAME`."""
 
     server: tuple[str, int]  # its host and port; port 0 is the usual one
     tls: bool = True
@@ -1551,7 +1551,7 @@ class IrcSession:
     """The protocol on one connection: received lines and times in, lines to send out.
 
     The caller calls `receive` for each line and `tick` often, and sends the result of `take`.
-    `report` is called with lines for the log. A ConnectionError ends it all.
+    `report` is called with lines for the log. A ConnectionError means that the session is over.
     """
 
     def __init__(
@@ -1570,13 +1570,13 @@ class IrcSession:
         self.registered = False
         self.settled = False  # whether the connection has lasted until a keep-alive
         self.heard = False  # whether the server has sent a line since the last keep-alive
-        self.last_line = parse_irc_line(b"")  # that was handled
-        self.due = now + IRC_KEEP_ALIVE_SECONDS  # for the registration, then the next keep-alive
-        self.version = store.now.version  # that was announced last
+        self.last_line = parse_irc_line(b"")  # the line that was handled last
+        self.due = now + IRC_KEEP_ALIVE_SECONDS  # latest registration, then next keep-alive
+        self.version = store.now.version  # of the last change that was announced
         self.askers: collections.deque[str] = collections.deque(maxlen=IRC_RECENT)  # user@hosts
         self.refusals: set[tuple[IrcChannel, str]] = set()  # channels and numerics that were logged
         self.queue: collections.deque[bytes] = collections.deque(maxlen=IRC_QUEUE_LINES)
-        self.pace = 0.0  # the time of the next line at a steady pace; a burst may precede it
+        self.pace = 0.0  # when the next line is due at a steady pace; a burst may run ahead of it
 
         if options.password and not self.payload:
             self.send("PASS", options.password)
@@ -1623,7 +1623,7 @@ class IrcSession:
     def announce(self) -> None:
         """Tell the channels in a few lines which statuses have changed since the last time."""
         joined = [channel.name for channel in self.channels.values() if channel.joined]
-        if self.queue or not joined:  # the changes wait: later they are one burst of lines
+        if self.queue or not joined:  # the changes wait, and are announced together later
             return
         latest = {}
         for version, user, text in self.store.changes_after(self.version):
@@ -1650,7 +1650,7 @@ class IrcSession:
         text = re.sub(r"^[!.,@+?~%&$;`\\ -]+(?=[^\W\d_])", "", text)
         room = IRC_TEXT_BYTES - len(target.encode())
         text = text.encode()[:room].decode("utf-8", "ignore")
-        if len(self.queue) < IRC_QUEUE_LINES:  # behind a full queue it would be sent too late
+        if len(self.queue) < IRC_QUEUE_LINES:  # a full queue would drop an older line
             self.send("PRIVMSG", target, text)
 
     def is_me(self, nick: str) -> bool:
@@ -1667,7 +1667,7 @@ class IrcSession:
         self.queue.appendleft(format_irc_line("PONG", line.param(0)))
 
     def on_ERROR(self, line: IrcLine) -> None:
-        """The end, a refused log-in, a wrong password for the server (464) or a ban (465)."""
+        """End the session: ERROR, a refused log-in, a wrong server password (464), a ban (465)."""
         raise ConnectionError(f"the server says: {self.quote(line.command, *line.params)}")
 
     on_464 = on_465 = on_902 = on_904 = on_905 = on_906 = on_908 = on_ERROR
@@ -1713,7 +1713,7 @@ class IrcSession:
         self.nick = line.param(0)
 
     def on_our_JOIN(self, line: IrcLine) -> None:
-        """We are in a channel. Leave it if the line before forwarded us to it from one of ours."""
+        """We have joined a channel. Leave it if it replaced one of ours by a forward (470)."""
         channel, last = self.channels.get(line.param(0).lower()), self.last_line
         if channel:
             channel.joined, channel.pause = True, IRC_KEEP_ALIVE_SECONDS
@@ -1729,7 +1729,7 @@ class IrcSession:
             self.report(f"{channel.name} refuses us ({kind}): {self.quote(*line.params[2:])}")
 
     def on_KICK(self, line: IrcLine) -> None:
-        """We are out: by PART for a while, by KICK until an INVITE or the next connection."""
+        """We have left. Join again after a PART; after a KICK, only on INVITE or reconnection."""
         channel, kicked = self.channels.get(line.param(0).lower()), line.command == "KICK"
         if channel and (self.is_me(line.param(1)) or not kicked):
             channel.joined = False
@@ -1757,22 +1757,22 @@ class IrcSession:
         call = rf"(?:!finger |{re.escape(self.nick)}[:,] )" + ("?" if private else "")
         query = re.fullmatch(f"{call} *(.+)", clean(text), re.IGNORECASE)
         now = self.store.now
-        replies = (NO_SUCH_USER, now.get(now.find(self.nick)).text)  # of a fingerd, on our namesake
-        # Not queries: such a reply, CTCP, and what ZNC plays back.
+        replies = (NO_SUCH_USER, now.get(now.find(self.nick)).text)  # of fingerd, about our nick
+        # Not queries: such replies, CTCP, and lines that ZNC plays back with a time.
         if not query or query[1] in replies or re.search(r"^\x01|\[\d\d:\d\d:\d\d\]", text):
             return ""
         user = now.find(query[1])
         return f"{user or query[1][:MAX_NAME]}: {now.get(user).text or NO_SUCH_USER}"
 
     def within_limit(self, line: IrcLine) -> bool:
-        """Note a query; False for one too many since the last keep-alive."""
+        """Count a query; False if its sender has sent too many since the last keep-alive."""
         asker = line.source.partition("!")[2]
         self.askers.append(asker)
         return self.askers.count(asker) <= IRC_QUERIES
 
 
 # ================================================================================================
-# 5. services: every socket, thread and clock; they know nothing of each other, only of the store
+# 5. services: all sockets, threads and clocks; most services share only the store
 # ================================================================================================
 
 
@@ -1783,7 +1783,7 @@ class Reply(NamedTuple):
     """What a server answers to the bytes that it has received."""
 
     pieces: list[bytes]  # sent one after the other; never changed, so connections can share them
-    used: int  # received bytes that it answers
+    used: int  # how many received bytes it answers
     close: bool  # whether it is the last reply
 
 
@@ -1803,9 +1803,9 @@ class Connection:
 
     state    owner     leaves the state when
     -------  --------  --------------------------------------------------------------------------
-    waiting  the loop  bytes or the end of the stream arrive, or there is room for more of its
-                       reply: the loop serves it. Its deadline passes, or it is evicted: closed.
-    working  a worker  the job has computed the reply: the loop sends it.
+    waiting  the loop  the reply needs a job: working. The last reply is sent, its deadline
+                       passes, the client ends, or it is evicted: closed.
+    working  a worker  the job has computed the reply: waiting. The server stops: closed.
     closed   nobody
 
     The loop is the thread of the connection's server, and it alone uses the socket. A connection
@@ -1814,15 +1814,15 @@ class Connection:
     """
 
     state = WAITING
-    events = 0  # that the selector watches for
-    network = b""  # of the client, once the connection has had to wait
+    events = 0  # a mask of what the selector watches for; 0 if it is not registered
+    network = b""  # the client's network; b"" until the connection has to wait
     received = b""  # bytes that no reply answers yet
-    pipelined = False  # whether they are to be answered before more are received
-    ended = False  # whether the client has sent everything
+    pipelined = False  # whether `received` may hold a whole request: parse it before recv
+    ended = False  # whether the end of the client's stream was received
     result: Reply | None = None  # of the job
     unsent: list[bytes | memoryview] = []  # of the reply that is being sent
-    closing = False  # whether that is the last one
-    drain = 0  # bytes that may still come after it, to be dropped
+    closing = False  # whether `unsent` belongs to the last reply
+    drain = 0  # bytes that may still be dropped after the last reply
 
     def __init__(self, sock: socket.socket, address: Any, deadline: float) -> None:
         self.sock, self.address = sock, address
@@ -1833,19 +1833,19 @@ class Connection:
 
 
 def network_of(host: str) -> bytes:
-    """What the connections of an IP address are counted by: itself, or the /64 of an IPv6 one."""
+    """The key that connections are counted by: an IPv4 address, or the /64 of an IPv6 one."""
     if ":" not in host:
         return host.encode()
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
 
 def choose_evicted(waiting: list[Connection], count: int) -> list[Connection]:
-    """The `count` connections to evict: each time the longest idle of the network that has most.
+    """The `count` connections to evict, each the longest idle of the network that has most.
 
     `waiting` begins with the longest idle one.
     """
     sizes: collections.Counter[bytes] = collections.Counter()
-    ranks: dict[Connection, int] = {}  # the longest idle of a network has the highest one
+    ranks: dict[Connection, int] = {}  # within a network, the longest idle has the highest rank
     for connection in reversed(waiting):
         sizes[connection.network] += 1
         ranks[connection] = sizes[connection.network]
@@ -1856,25 +1856,25 @@ def choose_evicted(waiting: list[Connection], count: int) -> list[Connection]:
 
 
 class Site(NamedTuple):
-    """What the servers work with."""
+    """What all servers share."""
 
     store: StatusStore
     policy: Policy = Policy()
     plans: Plans | None = None
-    refresh: Callable[[], object] = bool  # before a message is set
+    refresh: Callable[[], object] = bool  # called before a message is set
 
 
 class Server(socketserver.ThreadingTCPServer):
     """What the finger, setter and web servers share: a loop, and worker threads for long jobs.
 
-    `serve_forever` is the loop. It waits for a selector that watches the listener, the connections
-    and the end of each job. The servers differ in their method `reply`.
+    `serve_forever` is the loop. It waits on a selector that watches the listener, the connections
+    and the ends of jobs. Each subclass implements the method `reply`.
     """
 
     daemon_threads = True
     block_on_close = False
     name = ""
-    seconds = 0.0  # for a request, with the wait for its first byte
+    seconds = 0.0  # in which a request must arrive, from the start of the wait for it
     ceiling = CONNECTIONS
     fault = b""  # the reply if `reply` or a job raises an exception
 
@@ -1886,10 +1886,10 @@ class Server(socketserver.ThreadingTCPServer):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when a query is there, or after 1 s
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
-        self.connections: dict[Connection, None] = {}  # that had to wait; the longest idle first
-        self.heavy: dict[Connection, None] = {}  # of these; the first one moved on least recently
-        self.ready: collections.deque[Connection] = collections.deque()  # to be served in this turn
-        self.handed_back: collections.deque[Connection] = collections.deque()  # in the next one
+        self.connections: dict[Connection, None] = {}  # all that had to wait; longest idle first
+        self.heavy: dict[Connection, None] = {}  # see HEAVY; longest without progress first
+        self.ready: collections.deque[Connection] = collections.deque()  # serve them in this turn
+        self.handed_back: collections.deque[Connection] = collections.deque()  # serve in the next
         # The jobs that wait, by network; the first network has the next turn.
         self.jobs: dict[bytes, collections.deque[tuple[Connection, Job]]] = {}
         self.workers = 0
@@ -1898,17 +1898,17 @@ class Server(socketserver.ThreadingTCPServer):
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.wakened, selectors.EVENT_READ)
         self.selector.register(listener, selectors.EVENT_READ)
-        self.next_complaint = 0.0  # that a connection cannot be accepted
+        self.next_complaint = 0.0  # when cannot_accept may log again
         self.stopping = False
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
-        """The reply to `received`, to which nothing is added any more if the client has `ended`.
+        """The reply to the bytes in `received`; no more will follow if `ended`.
 
         None if the request is incomplete; a job if the reply takes long to compute. Never blocks.
         """
         raise NotImplementedError
 
-    # The hooks of socketserver. In the loop, service_actions waits and calls the others.
+    # The hooks of socketserver. `serve_forever` calls service_actions, which waits and serves.
 
     def get_request(self) -> tuple[Any, Any]:
         """The next connection that is ready, else a new one; OSError if there is none."""
@@ -1961,7 +1961,7 @@ class Server(socketserver.ThreadingTCPServer):
                 self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an error of the connection, which is its client's, or a fault of ours."""
+        """Log the exception: an OSError is the client's, any other is a bug here."""
         problem = sys.exc_info()[1]
         if isinstance(problem, OSError):
             log.debug("%s: %s: %s", self.name, request, problem)
@@ -1984,9 +1984,9 @@ class Server(socketserver.ThreadingTCPServer):
     # Waiting for connections.
 
     def turn(self, seconds: float) -> bool:
-        """Wait for so long at the most until connections are ready; serve each, and 512 new ones.
+        """Wait at most `seconds` for ready connections; serve them, and up to 512 new ones.
 
-        Returns whether there was any.
+        Return whether any was ready.
         """
         newcomers = 0
         for key, _ in self.selector.select(seconds):
@@ -2010,7 +2010,7 @@ class Server(socketserver.ThreadingTCPServer):
         return count > 0
 
     def cannot_accept(self, problem: OSError) -> None:
-        """Log this once a minute, and close a connection: as a rule, no descriptor is left."""
+        """Log this once a minute at most, and evict a connection to free its descriptor."""
         if time.monotonic() > self.next_complaint:
             self.next_complaint = time.monotonic() + 60
             log.error("%s: cannot accept: %s", self.name, problem.strerror)
@@ -2018,7 +2018,7 @@ class Server(socketserver.ThreadingTCPServer):
             time.sleep(0.05)
 
     def wait(self, connection: Connection, events: int = selectors.EVENT_READ) -> None:
-        """Let a connection wait for events, or for a worker (0)."""
+        """Let a connection wait for `events`, or for a worker if `events` is 0."""
         if not connection.network:
             self.add(connection)
         if events != connection.events:
@@ -2037,7 +2037,7 @@ class Server(socketserver.ThreadingTCPServer):
                     self.shutdown_request(each)
 
     def add(self, connection: Connection) -> None:
-        """Count a connection as one that waits or works; evict others if there are too many."""
+        """Add a connection to those that wait or work; evict others if there are too many."""
         if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 20):
             raise ConnectionAbortedError("too many connections")
         connection.network = network_of(str(connection))
@@ -2046,8 +2046,8 @@ class Server(socketserver.ThreadingTCPServer):
     def evict(self, count: int) -> bool:
         """Close up to `count` connections that wait; returns whether there were any.
 
-        A connection is spared if its next bytes have arrived, and one that is taking a reply if
-        there are others.
+        A connection whose next bytes have arrived is kept. One that is taking a reply is closed
+        only if all of them are.
         """
         arrived = {key.data for key, _ in self.selector.select(0)}.union(self.ready)
         waiting = [c for c in self.connections if c.state == WAITING and c not in arrived]
@@ -2101,12 +2101,12 @@ class Server(socketserver.ThreadingTCPServer):
         """Wait for the client's next request."""
         connection.deadline = time.monotonic() + self.seconds
         self.wait(connection)
-        self.connections[connection] = self.connections.pop(connection)  # it is not idle: the last
-        if connection.pipelined:  # after the turn of the others
+        self.connections[connection] = self.connections.pop(connection)  # it moves to the end
+        if connection.pipelined:  # others are served first
             self.hand_back(connection)
 
     def await_end(self, connection: Connection) -> None:
-        """Wait for the client to close: bytes that are still on their way could reset the reply."""
+        """Wait for the client to close; if its late bytes cause a reset, the reply is lost."""
         connection.sock.shutdown(socket.SHUT_WR)
         connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
         self.wait(connection)
@@ -2142,7 +2142,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.workers += 1
             try:
                 super().process_request(request, None)
-            except RuntimeError:  # the system has no thread for us: everybody has to wait
+            except RuntimeError:  # no thread can be started: do the job in the loop
                 self.process_request_thread(request, None)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -2158,7 +2158,7 @@ class Server(socketserver.ThreadingTCPServer):
     def hand_back(self, connection: Connection) -> None:
         """Let the loop serve a connection in its next turn; callable from any thread."""
         self.handed_back.append(connection)
-        with contextlib.suppress(OSError):  # enough such bytes are there, or the server has ended
+        with contextlib.suppress(OSError):  # the buffer is full, or the server has ended
             self.waker.send(b"\0")
 
     def end_job(self, connection: Connection, reply: Reply) -> None:
@@ -2175,7 +2175,7 @@ class Server(socketserver.ThreadingTCPServer):
 
         Answer the queries that have arrived, close the listener, and finish the replies begun.
         """
-        self.serve_forever(0)  # seconds to wait for the listener alone
+        self.serve_forever(0)  # 0: socketserver's own poll does not wait; service_actions does
         deadline = time.monotonic() + STOP_SECONDS
         while self.turn(0) and time.monotonic() < deadline - STOP_SECONDS / 2:
             pass
@@ -2201,10 +2201,10 @@ class FingerServer(Server):
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener, site)
-        self.lists: dict[FingerQuery, tuple[int, Reply]] = {}  # and the store's version, by form
+        self.lists: dict[FingerQuery, tuple[int, Reply]] = {}  # with the store's version
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
-        """The answer to a query; it is a job if it has a plan, or lists many users anew."""
+        """The answer to a query; a job if a plan must be looked for or a long list must be made."""
         query = parse_finger(received, ended)
         if query is None:
             return None
@@ -2251,7 +2251,7 @@ def find_account(client: Any, server: Any) -> str:
 
     The kernel's tables tell it: see proc_net(5). In tcp6, an IPv4 address has a prefix.
     """
-    # Behind the addresses stand 4 fields, the uid, a timeout, and an inode: 0 for a closed socket.
+    # After the addresses come 4 fields, the uid, a timeout and the inode (0: a closed socket).
     row = rf"{table_address(client)} \w*{table_address(server)} (?:\S+ ){{4}} *(\d+) +\d+ [1-9]"
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as rows:
@@ -2263,14 +2263,14 @@ def find_account(client: Any, server: Any) -> str:
 class SetterServer(Server):
     """Sets a user's message for anyone who can connect.
 
-    The users file is refreshed before, so that an edit made earlier is not taken for a later one.
+    A users file on disk is checked first, so that an earlier edit does not count as a later one.
     """
 
     name, seconds = "setter", 60.0
     fault = f"ERROR {INTERNAL_ERROR}\r\n".encode()
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
-        """`ERROR` and the reason; or a job that keeps the message and answers `OK`."""
+        """`ERROR` and a reason, or a job that sets the message and answers `OK` or `ERROR`."""
         setting = parse_setting(received, ended, time.time())
         if setting is None:
             return None
@@ -2314,7 +2314,7 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
     server: WebServer
 
     def setup(self) -> None:
-        """Nothing: the library would open files here, and close them in `finish`."""
+        """Do nothing; the library would open files here, and close them in `finish`."""
 
     finish = setup
 
@@ -2377,7 +2377,7 @@ class WebServer(Server):
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
         """The response to the first request in `received`."""
-        request: Any = parse_http_request(received)  # WebHandler has it in the place of a socket
+        request: Any = parse_http_request(received)  # Any: WebHandler takes it in place of a socket
         if request is None:
             return None
         if request.body is None:
@@ -2386,7 +2386,7 @@ class WebServer(Server):
             if not self.answers.refusal(request):
                 return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
         if request.body is None or len(self.connections) > self.ceiling * 7 // 8:
-            request = request._replace(keep=False)  # the client need not send the body
+            request = request._replace(keep=False)  # no body may come, or connections are scarce
         return WebHandler(request, connection, self).reply
 
 
@@ -2395,11 +2395,11 @@ class WebServer(Server):
 
 def read_users(data: bytes, known: Mapping[str, str]) -> UsersFile:
     """The users in a users file or in a list in JSON; OSError if it is something else."""
-    if b"\0" in data[: 2 * MAX_NAME + 4]:  # where the first name has ended
+    if b"\0" in data[: 2 * MAX_NAME + 4]:  # as far as the first name and its colon reach
         raise OSError("in UTF-16, not in UTF-8")
     if data.startswith((b'[{"user"', b"[]\n")):  # what json_list begins with
         if not data.endswith(b"]\n"):
-            raise OSError("a list that breaks off")
+            raise OSError("an incomplete list")
         users = parse_json_list(data, known, time.time())
     else:
         users = parse_users(map(clean_line, io.BytesIO(data)), known)
@@ -2427,7 +2427,7 @@ class FileSource:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
-        """The users file, or None if it has not changed since it was read; raises OSError.
+        """The users file, or None if it has not changed since the last read; may raise OSError.
 
         A file that is being written counts as unchanged. If `at_once`, it is read in any case.
         """
@@ -2452,14 +2452,14 @@ class FileSource:
 
 
 def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
-    """The response to a GET, and its body; TimeoutError if it takes over FETCH_SECONDS."""
+    """The response to a GET, and its body; TimeoutError after FETCH_SECONDS once connected."""
     parts, body = urllib.parse.urlsplit(url), bytearray()
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.netloc, timeout=FETCH_SECONDS)
     connection.connect()
-    connection.sock.settimeout(None)  # the timer alone ends a read that waits
+    connection.sock.settimeout(None)  # from here on, only the timer ends a read
     end = time.monotonic() + FETCH_SECONDS
-    cut_off = socket.socket.shutdown  # below TLS; that of SSLSocket is not for other threads
+    cut_off = socket.socket.shutdown  # of the TCP socket: SSLSocket.shutdown is not thread-safe
     timer = threading.Timer(FETCH_SECONDS, cut_off, [connection.sock, socket.SHUT_RDWR])
     timer.daemon = True
     timer.start()
@@ -2483,7 +2483,7 @@ def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPRespons
 class UrlSource:
     """A users file on a web server, usually the list of another fingerd.
 
-    Its last content is kept in the file `copy`, if any, for a start while the server is down. No
+    Its last content is kept in the file `copy`, if any, for a start when the server is down. No
     redirect is followed, and the proxies that the environment names are not used.
     """
 
@@ -2493,9 +2493,9 @@ class UrlSource:
         self._last: UsersFile | None = None  # the list that `read` returned last
 
     def read(self, known: Mapping[str, str], at_once: bool) -> UsersFile | None:
-        """The list, or None if it has not changed since it was read; raises OSError.
+        """The list, or None if it has not changed since the last read; may raise OSError.
 
-        If `at_once`, it is transferred in any case. For the first call, the copy may replace it.
+        If `at_once`, it is transferred in any case. If the first call fails, the copy is read.
         """
         try:
             users = self._ask("" if at_once else self._etag, known)
@@ -2509,10 +2509,10 @@ class UrlSource:
         return users
 
     def _ask(self, etag: str, known: Mapping[str, str]) -> UsersFile | None:
-        """The server's list; None if it has not changed since it had the ETag `etag`.
+        """The server's list; after a 304, None unless the list has a new date.
 
-        A fingerd is the same from the second before its Last-Modified on. The header is missing
-        within that second, and follows with the next answer.
+        The Last-Modified of a fingerd is the full second after its last change. It is missing
+        until then, so a later 304 answer may be the first with it.
         """
         headers = {"User-Agent": f"fingerd/{__version__}"}
         headers["Accept"] = "application/json, text/plain;q=0.5"
@@ -2535,7 +2535,7 @@ class UrlSource:
         return users
 
     def _keep(self, body: bytes, modified: float) -> None:
-        """Replace the copy, if one is kept, by `body`; if that fails, the old one remains."""
+        """Replace the copy, if one is kept, with `body`; if that fails, the old one remains."""
         if not self._copy:
             return
         new = self._copy.with_name(self._copy.name + ".new")
@@ -2553,7 +2553,7 @@ class UrlSource:
 
 
 class Reloader(threading.Timer):
-    """Reads the users file if it has changed, every `interval` seconds and after `reload`.
+    """Reads the users file every `interval` seconds if it has changed, and after each `reload`.
 
     If the file cannot be read, its last content stays in force, and the reason is logged once.
     """
@@ -2566,8 +2566,8 @@ class Reloader(threading.Timer):
         self._problems: list[str] = []  # the bad lines that were logged last
 
     def run(self) -> None:
-        """Look at the file at every tick and when woken, until cancelled."""
-        while not self.finished.wait(0.1):  # signals may come faster
+        """Look at the file every `interval` seconds and when woken, until cancelled."""
+        while not self.finished.wait(0.1):  # ten reloads a second at most
             at_once = self._woken.wait(self.interval)
             self._woken.clear()
             self.look(at_once)
@@ -2577,7 +2577,7 @@ class Reloader(threading.Timer):
         self._woken.set()
 
     def look(self, at_once: bool = False) -> None:
-        """Do `load`; if the file cannot be read, note and log the reason."""
+        """Call `load`; if it fails, store the reason, and log it if it is new."""
         problems, name = self._store.problems, self._source.name
         try:
             self.load(at_once)
@@ -2592,7 +2592,7 @@ class Reloader(threading.Timer):
     def load(self, at_once: bool) -> None:
         """Give the store the file if it has changed or `at_once`; raises OSError.
 
-        Bad lines are logged once per content.
+        Bad lines are logged when the content changes or they differ from those logged last.
         """
         with self._reading:
             now, name = self._store.now, self._source.name
@@ -2646,7 +2646,7 @@ class Plans:
         if entry_problem(user) or "/" in user or user[0] == ".":  # not a plain file name
             return ""
         plan: list[str] = []
-        if not self._turn.acquire(timeout=PLAN_SECONDS):  # the disk is slow for others, too
+        if not self._turn.acquire(timeout=PLAN_SECONDS):  # another plan is slow to read
             return ""
         try:
             if not self._reader.is_alive():
@@ -2662,10 +2662,10 @@ class Plans:
         return "".join(plan)
 
     def _load(self, user: str, plan: list[str]) -> None:
-        """Add the text of the plan to `plan`. A link, a device or another user's file is none."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # to open a FIFO would block
+        """Append the plan's text to `plan`, unless it is a link, a device or somebody else's."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a FIFO would block
         path, owner = f"{self._place}/{user}", None
-        with contextlib.suppress(OSError, KeyError, ValueError):  # ValueError: not in the locale
+        with contextlib.suppress(OSError, KeyError, ValueError):  # or not encodable
             if self._place == "home":
                 account = pwd.getpwnam(user)
                 path, owner = f"{account.pw_dir}/.plan", account.pw_uid
@@ -2694,7 +2694,7 @@ class IrcBot(threading.Thread):
         self.options, self.store = options, store
         self.stopping = threading.Event()
         self.tls = ssl.create_default_context()
-        if options.fingerprint:  # then no authority has to know the server
+        if options.fingerprint:  # the fingerprint replaces the certificate authorities
             self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
         if options.certificate:
             try:  # with a password, so that nobody is asked for one
@@ -2704,7 +2704,7 @@ class IrcBot(threading.Thread):
                 raise StartError(text) from None
 
     def run(self) -> None:
-        """Connect again and again. The back-off grows until a connection has settled."""
+        """Connect repeatedly. The back-off grows with each failure until a connection settles."""
         failures, delay, report = 0, 0.0, functools.partial(log.info, "IRC: %s")
         while not self.stopping.wait(delay):
             session = None
@@ -2712,7 +2712,7 @@ class IrcBot(threading.Thread):
                 with self.connect() as sock:
                     session = IrcSession(self.options, self.store, report, time.monotonic())
                     self.serve(sock, session)
-            except Exception as problem:  # a fault of ours must not end the bot
+            except Exception as problem:  # a bug must not end the bot
                 failures = 0 if session and session.settled else failures + 1
                 delay = reconnect_delay(failures, os.urandom(1)[0] / 255)
                 is_fault = not isinstance(problem, (OSError, UnicodeError))
@@ -2737,7 +2737,7 @@ class IrcBot(threading.Thread):
 
     def serve(self, sock: socket.socket, session: IrcSession) -> None:
         """Exchange lines until told to stop; OSError if the connection ends earlier."""
-        sock.settimeout(0.5)  # then look at the clock and the store
+        sock.settimeout(0.5)  # the longest wait before the next tick
         unread = b""
         while not self.stopping.is_set():
             sock.sendall(session.take(time.monotonic()))
@@ -2755,7 +2755,7 @@ class IrcBot(threading.Thread):
 
 # ---- the process -------------------------------------------------------------------------------
 
-DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # of each server
+DEFAULT_ADDRESSES = {"finger": "79", "setter": "127.0.0.1:1079", "web": "8000"}  # by server
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}  # blocked in every thread, for sigwait
 URL = re.compile("https?://", re.IGNORECASE)  # the start of a USERS that is on another server
 
@@ -2763,7 +2763,7 @@ URL = re.compile("https?://", re.IGNORECASE)  # the start of a USERS that is on 
 class FloodFilter(logging.Filter):
     """Limits the log lines that clients can cause: FLOOD_LINES of a kind in FLOOD_SECONDS."""
 
-    _ends = 0.0  # of the period that is counted
+    _ends = 0.0  # the end of the period that is counted
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to write the line; the last one that is written says that more are omitted."""
@@ -2866,7 +2866,7 @@ def find_identity(run_as: str) -> tuple[int, int]:
 
 def drop_privileges(uid: int, gid: int) -> None:
     """Change to this user and group for good."""
-    "host".encode("idna")  # the library imports now what these need: later it may be out of reach
+    "host".encode("idna")  # import now what these need: it may be unreadable later
     time.strptime("0", "%S")
     try:
         os.setgroups([])  # first, since only root can change them
@@ -2877,9 +2877,9 @@ def drop_privileges(uid: int, gid: int) -> None:
 
 
 def refuse_shared(folder: pathlib.Path, uid: int) -> None:
-    """Raise StartError if others than root and `uid` can write to `folder` or replace it.
+    """Raise StartError if anyone but root and `uid` can write to `folder` or replace it.
 
-    A group of the same number is taken for the user's own: many systems give each user one.
+    The group whose gid is `uid` counts as the user's own: many systems give each user one.
     """
     for part in (folder, *folder.parents):
         with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -2897,7 +2897,7 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
 
 
 def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -> None:
-    """Connect the store to its state file; the service does without a default one if need be."""
+    """Connect the store to its state file; a default one that cannot be made is not an error."""
     try:
         store.restore(StateFile(path))
         log.info("state: %s, %d messages", path, len(store.now.messages))
@@ -3011,7 +3011,7 @@ def start_log(verbose: bool) -> logging.Handler:
 
 
 def find_source(options: argparse.Namespace, state: pathlib.Path | None) -> FileSource | UrlSource:
-    """Where the users file is read; the copy of one from a server lies beside the `state` file."""
+    """The source of the users file; the copy of one from a server is beside the `state` file."""
     if URL.match(options.users):
         return UrlSource(options.users, state and state.with_name(state.name + ".users"))
     return FileSource(pathlib.Path(options.users))
@@ -3055,9 +3055,9 @@ def bind(options: argparse.Namespace) -> list[tuple[str, socket.socket]]:
 
 
 def state_path(options: argparse.Namespace, owner: tuple[int, int] | None) -> pathlib.Path | None:
-    """Where the state file lies, None for nowhere; StartError if others can write to its directory.
+    """The state file's path, None for no file; StartError if others can write to its directory.
 
-    The default directory is made, for `owner`, if it is missing. Root does nothing inside it.
+    The default directory is made, for `owner`, if it is missing. Root creates nothing inside it.
     """
     if options.state == "off":
         return None
@@ -3093,11 +3093,11 @@ def make_policy(options: argparse.Namespace) -> Policy:
 
 
 def build(options: argparse.Namespace) -> tuple[StatusStore, Reloader, list[Server], list[IrcBot]]:
-    """Everything, ready to be started; StartError or NotKept where that cannot be.
+    """Make everything, ready to be started; raise StartError, NotKept or OSError on failure.
 
-    Root binds the ports and makes the state directory. Then its rights are dropped, so the users
-    file is read as it will be read later. The state file is opened last, so that a start that fails
-    leaves none behind.
+    Root binds the ports and makes the state directory. Then privileges are dropped, so that the
+    users file is read with the same rights as later. The state file is opened last, so that a
+    failed start leaves no new one behind.
     """
     run_as = options.run_as or ("1:1" if os.geteuid() == 0 else "")
     identity = find_identity(run_as) if run_as else None
@@ -3141,7 +3141,7 @@ def run(options: argparse.Namespace) -> None:
     expirer = threading.Thread(target=expire_messages, args=(store, reloader.finished), daemon=True)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # threads that are started later inherit it
-    # Beside a busy thread, a loop falls from 7,700 answers/s to 2,100; at Python's 5 ms to 69.
+    # With a busy thread, a loop drops from 7,700 answers/s to 2,100; with the default 5 ms, to 69.
     sys.setswitchinterval(1e-4)
     for thread in (*loops, *bots, reloader, expirer):
         thread.start()
