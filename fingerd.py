@@ -102,7 +102,7 @@ PLAN_SECONDS = 0.4  # to read a plan, before the reply is sent without it
 MAX_FILE = 256 * 1024 * 1024  # bytes of a users file
 MAX_FILE_LINE = 8_192  # bytes of one line in it
 MAX_USERS = 2_000_000  # users in it
-MAX_PROBLEMS = 100  # bad lines that are named; the others are counted
+MAX_PROBLEMS = 100  # bad lines that are named
 MAX_MESSAGES = 20_000  # users with a message of their own
 MAX_DATED = 100_000  # users in the file, if the dates of their lines are kept over a restart
 MAX_CHANGES = 100  # changes that the store remembers for announcements
@@ -1234,7 +1234,7 @@ def status_html(status: Status) -> str:
 
 def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
     """The page of one user, who may be unknown."""
-    everybody = f'<a href="{html.escape(policy.public_url)}">everybody</a>'
+    everybody = f'<a href="{user_url(policy.public_url, "")}">everybody</a>'
     if not (status.text or plan):
         return html_page(user, f"<p>{NO_SUCH_USER}</p>\n<footer>{everybody}</footer>")
     feed = user_url(policy.public_url, user) + "?format=atom"
@@ -1289,7 +1289,7 @@ def list_html(now: Snapshot, policy: Policy) -> str:
     title, usage = f"Statuses at {policy.finger_host}", "usage: site/user"
     if policy.private:
         return html_page(title, f"<p>The list of users is private here</p>\n<nav>{usage}</nav>")
-    feed = html.escape(policy.public_url) + "?format=atom"
+    feed = user_url(policy.public_url, "") + "?format=atom"
     main = f'<p>What everybody here is up to</p>\n<nav>{usage} · <a href="{feed}">feed</a></nav>\n'
     rows = [row_html(user, status, policy) for user, status in newest(now, MAX_LISTED)]
     main += f"<ul>\n{''.join(rows)}</ul>\n" if rows else NO_STATUS
@@ -1436,7 +1436,7 @@ class RpcAnswers(xmlrpc.server.SimpleXMLRPCDispatcher):
         super().__init__()
         self._store, self._policy, self._read_plan = store, policy, read_plan
         self._list_page = functools.lru_cache(1)(self._make_list_page)
-        # 2 MB at the most: calls of MAX_SHORT_CALL bytes, and their pages of 12 kB.
+        # 4 MB at the most: calls of MAX_SHORT_CALL bytes, their Content-Type and pages of 12 kB.
         self.short_answer = functools.lru_cache(128)(self._short_answer)
         for function in (self.getPlan, self.getStatus, self.getUser, self.listUsers):
             self.register_function(function)
@@ -1971,10 +1971,11 @@ class Server(socketserver.ThreadingTCPServer):
                 request.sock.send(self.fault, socket.MSG_DONTWAIT)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
+        """Close a connection; it does no harm to close it again."""
         connection: Connection = request
         if connection.events:
             self.selector.unregister(connection.sock)
+            connection.events = 0
         if connection.network:
             self.connections.pop(connection, None)
             self.heavy.pop(connection, None)
@@ -2049,7 +2050,8 @@ class Server(socketserver.ThreadingTCPServer):
         A connection whose next bytes have arrived is kept. One that is taking a reply is closed
         only if all of them are.
         """
-        arrived = {key.data for key, _ in self.selector.select(0)}.union(self.ready)
+        arrived = {key.data for key, _ in self.selector.select(0)}
+        arrived.update(self.ready, self.handed_back.copy())  # workers append to the latter
         waiting = [c for c in self.connections if c.state == WAITING and c not in arrived]
         for connection in choose_evicted([c for c in waiting if not c.unsent] or waiting, count):
             self.shutdown_request(connection)
@@ -2516,7 +2518,8 @@ class UrlSource:
         """
         headers = {"User-Agent": f"fingerd/{__version__}"}
         headers["Accept"] = "application/json, text/plain;q=0.5"
-        headers.update({"If-None-Match": etag} if etag else {})
+        if etag:
+            headers["If-None-Match"] = etag
         response, body = http_get(self.name, headers)
         now, found = time.time(), response.headers
         modified = parse_http_time(found["Last-Modified"] or "") - 1

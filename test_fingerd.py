@@ -5693,6 +5693,19 @@ class ConnectionTest(Case):
         late.sendall(b"\n")
         self.reads(late, b"c\n")
 
+    def test_a_connection_whose_next_request_came_with_the_last_is_not_evicted(self) -> None:
+        sock = self.client(b"a\nb\n")
+        until(lambda: self.turn() or self.lines.handed_back)
+        self.assertFalse(self.lines.evict(1))
+        self.reads(sock, b"a\nb\n")
+
+    def test_a_connection_may_be_closed_twice(self) -> None:
+        self.client(b"half")
+        until(lambda: self.turn() or self.states())
+        for connection in list(self.lines.connections) * 2:
+            self.lines.shutdown_request(connection)
+        self.reads(self.client(b"next\n"), b"next\n")
+
     def test_a_connection_that_works_is_not_evicted(self) -> None:
         self.lines.ceiling = 1
         sock = self.client(b"job\n")
