@@ -6829,7 +6829,8 @@ class SurroundingsTest(Case):
         self.assertIn("<4>", "".join(line for line in service.log if "no colon" in line))
         record = logging.makeLogRecord({"levelname": "ERROR", "msg": "one\ntwo"})
         self.assertEqual(fingerd.JournalFormatter().format(record), "<3>one\n<3>two")
-        words = [sys.executable, "-c", JOURNAL, str(FINGERD), "/nowhere", "--state=off"]
+        program = (sys.executable, "-c", JOURNAL, str(FINGERD))
+        words = command("/nowhere", program=program)
         self.assertRegex(run(words)[2][-1], "<3>fingerd: /nowhere: No such")
 
     def test_dropped_log_lines_are_counted(self) -> None:
