@@ -56,6 +56,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import struct
 import threading
 import time
 import unicodedata
@@ -1791,6 +1792,10 @@ Job = Callable[[], Reply]  # computes a reply in a worker thread, where it may b
 
 WAITING, WORKING, CLOSED = "waiting", "working", "closed"
 
+# The flags to send the last piece of a last reply. The end of the stream follows at once; where
+# there is MSG_MORE, both travel in one packet, which takes a fifth of the time of an answer.
+SEND_LAST = socket.MSG_DONTWAIT | getattr(socket, "MSG_MORE", 0)
+
 
 def plain_address(address: Any) -> str:
     """The IP address in a socket's `address`; an IPv4 one as such, also on an IPv6 socket."""
@@ -2082,8 +2087,9 @@ class Server(socketserver.ThreadingTCPServer):
             connection.pipelined = answered and connection.received != b""
             connection.unsent = [*reply.pieces]
         piece = connection.unsent.pop(0)
+        is_last = connection.closing and not connection.unsent
         try:
-            sent = connection.sock.send(piece, socket.MSG_DONTWAIT)
+            sent = connection.sock.send(piece, SEND_LAST if is_last else socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         if sent < len(piece):
@@ -2233,6 +2239,9 @@ class FingerServer(Server):
         return answer if query.user or now.size() > MAX_SHORT_LIST else answer()
 
 
+SOCK_DIAG_BY_FAMILY, NETLINK_SOCK_DIAG = 20, 4  # of linux/sock_diag.h and linux/netlink.h
+
+
 def account_name(uid: int) -> str:
     """The name of the account; a dynamic user of systemd may have none here."""
     try:
@@ -2241,25 +2250,32 @@ def account_name(uid: int) -> str:
         return f"uid {uid}"
 
 
-def table_address(address: Any) -> str:
-    """An IP address and a port as in the kernel's tables: words in the machine's byte order."""
-    host = plain_address(address).partition("%")[0]
-    raw = socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-    return "".join(f"{word:08X}" for word in memoryview(raw).cast("I")) + f":{address[1]:04X}"
-
-
 def find_account(client: Any, server: Any) -> str:
     """The account that has the socket connected from `client` to `server`, or "".
 
-    The kernel's tables tell it: see proc_net(5). In tcp6, an IPv4 address has a prefix.
+    Only Linux tells it: see sock_diag(7).
     """
-    # After the addresses come 4 fields, the uid, a timeout and the inode (0: a closed socket).
-    row = rf"{table_address(client)} \w*{table_address(server)} (?:\S+ ){{4}} *(\d+) +\d+ [1-9]"
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/self/net/{table}") as rows:
-            for found in filter(None, map(re.compile(row).search, rows)):  # there may be 100,000
-                return account_name(int(found[1]))
-    return ""
+    if not hasattr(socket, "AF_NETLINK"):
+        return ""
+    ends = [plain_address(end).partition("%")[0] for end in (client, server)]
+    family = socket.AF_INET6 if ":" in ends[0] else socket.AF_INET
+    hosts = [socket.inet_pton(family, host) for host in ends]
+    ports = [socket.htons(client[1]), socket.htons(server[1])]
+    interface = (*client, 0, 0)[3]  # of a link-local IPv6 address; else 0
+    # A header (size, type, flag for a request); a protocol, in any state; the socket, no cookie.
+    question = struct.pack("=I2H2I", 72, SOCK_DIAG_BY_FAMILY, 1, 0, 0)
+    question += struct.pack("=4BI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+    question += struct.pack("=2H16s16sI8s", *ports, *hosts, interface, b"\xff" * 8)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
+            kernel.send(question)
+            answer = kernel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+    except OSError:
+        return ""
+    kind, *found, uid, inode = struct.unpack_from("=4xH14x2H56x2I", answer.ljust(88, b"\0"))
+    # A listener has no second port; a socket that its client has closed has no inode.
+    is_open = kind == SOCK_DIAG_BY_FAMILY and found == ports and inode
+    return account_name(uid) if is_open else ""
 
 
 class SetterServer(Server):
