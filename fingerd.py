@@ -113,6 +113,7 @@ LOCKED_SECONDS = 0.4  # for a state file that another program has locked
 
 # Connections, for each server.
 CONNECTIONS = 10_000  # at the same time; fewer if the process may not have as many descriptors
+NEWCOMERS = 128  # connections that are accepted before those that wait have their turn
 SPARE_DESCRIPTORS = 64  # for everything but connections
 WORKERS = 16  # threads that compute replies; each may delay the loop by 0.1 ms
 SEND_SECONDS = 10.0  # for a client to take a reply; each byte that it takes extends the time
@@ -123,6 +124,7 @@ LONG_JOBS = 64  # long requests of one network that wait for a worker
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
 BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
+UNSENT_BYTES = 16_384  # that the kernel takes from a reply before the client is ready for them
 TURNS_SECONDS = 0.1  # between checks for a shutdown and for connections whose deadline has passed
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
 
@@ -1338,7 +1340,7 @@ class WebAnswers:
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
         self._store, self._policy = store, policy
-        self._lists = {name: functools.lru_cache(1)(self._make_list) for name in FORMATS}
+        self._lists: dict[str, tuple[int, Page]] = {}  # by format, with the store's version
         self._remembered = functools.lru_cache(MAX_PAGES)(self._make_user)
 
     def _allowed(self, path: str) -> list[str]:
@@ -1354,29 +1356,38 @@ class WebAnswers:
             return error_page(request.problem or 405)
         return None
 
-    def page(self, request: HttpRequest, plan: str = "") -> Page:
+    def takes_long(self, request: HttpRequest, now: Snapshot) -> bool:
+        """Whether a GET asks for a list of many users that is not remembered."""
+        name = choose_format(request.query, request.headers.get("accept", ""))
+        is_known = name in self._lists and self._lists[name][0] == now.version
+        return request.path == "/" and now.size() > MAX_SHORT_LIST and not is_known
+
+    def page(self, request: HttpRequest, now: Snapshot, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
         name = choose_format(request.query, request.headers.get("accept", ""))
         if not name:
             return error_page(406, f"The formats are {', '.join(FORMATS)}.")
-        page = self._known_page(name, request, plan)
+        page = self._known_page(name, request, now, plan)
         if page.status == 200 and not is_wanted(request.headers, page):
             return error_page(412)
         is_new = page.status != 200 or not is_known(request.headers, page)
         return page if is_new else page._replace(status=304, pieces=[])
 
-    def _known_page(self, name: str, request: HttpRequest, plan: str) -> Page:
+    def _known_page(self, name: str, request: HttpRequest, now: Snapshot, plan: str) -> Page:
         """The page in the format `name`; it is made only if it is not remembered."""
-        now = self._store.now
         if request.path == "/":
-            return self._lists[name](name, now.version)
+            version, page = self._lists.get(name, (0, None))
+            if not page or version != now.version:
+                page = self._make_list(name, now)
+                self._lists[name] = now.version, page
+            return page
         user = now.find(request.user)
         make = self._make_user if plan else self._remembered
         return make(name, user or request.user[:MAX_NAME], now.get(user), plan)
 
-    def _make_list(self, name: str, _version: int) -> Page:
-        """The list of all users in the format `name`; it is remembered for the store's version."""
-        now, is_private = self._store.now, self._policy.private
+    def _make_list(self, name: str, now: Snapshot) -> Page:
+        """The list of all users in the format `name`."""
+        is_private = self._policy.private
         if is_private and name != "html":
             return error_page(403, "The list of users is private here.")
         since = -1 if is_private else now.changed  # the date would reveal when messages are set
@@ -1844,17 +1855,27 @@ def network_of(host: str) -> bytes:
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
 
-def choose_evicted(waiting: list[Connection], count: int) -> list[Connection]:
-    """The `count` connections to evict, each the longest idle of the network that has most.
+def choose_evicted(
+    candidates: Iterable[Connection], sizes: collections.Counter[bytes], count: int
+) -> list[Connection]:
+    """Up to `count` connections to evict: the longest idle ones of the networks that have most.
 
-    `waiting` begins with the longest idle one.
+    `candidates` begins with the longest idle one; `sizes` says how many connections each network
+    has.
     """
-    sizes: collections.Counter[bytes] = collections.Counter()
-    ranks: dict[Connection, int] = {}  # within a network, the longest idle has the highest rank
-    for connection in reversed(waiting):
-        sizes[connection.network] += 1
-        ranks[connection] = sizes[connection.network]
-    return heapq.nlargest(count, waiting, key=ranks.__getitem__)
+    networks = collections.Counter(sizes.values())  # how many networks have that many
+    limit, larger, excess = max(networks, default=0), 0, 0
+    while limit and excess < count:  # lower the limit until enough connections are above it
+        larger += networks[limit]
+        limit, excess = limit - 1, excess + larger
+    left, chosen = sizes.copy(), []
+    for connection in candidates:
+        if left[connection.network] > limit:
+            left[connection.network] -= 1
+            chosen.append(connection)
+            if len(chosen) == count:
+                break
+    return chosen
 
 
 # ---- servers -----------------------------------------------------------------------------------
@@ -1891,8 +1912,13 @@ class Server(socketserver.ThreadingTCPServer):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         if hasattr(socket, "TCP_DEFER_ACCEPT"):  # accepted when a query is there, or after 1 s
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
-        self.connections: dict[Connection, None] = {}  # all that had to wait; longest idle first
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # else the kernel holds 100 kB for each
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+        # All that had to wait, the longest idle first, and how many of them each network has.
+        self.connections: dict[Connection, None] = {}
+        self.sizes: collections.Counter[bytes] = collections.Counter()
         self.heavy: dict[Connection, None] = {}  # see HEAVY; longest without progress first
+        self.may_evict = True  # else a look for connections to evict found none in this turn
         self.ready: collections.deque[Connection] = collections.deque()  # serve them in this turn
         self.handed_back: collections.deque[Connection] = collections.deque()  # serve in the next
         # The jobs that wait, by network; the first network has the next turn.
@@ -1981,23 +2007,31 @@ class Server(socketserver.ThreadingTCPServer):
         if connection.events:
             self.selector.unregister(connection.sock)
             connection.events = 0
-        if connection.network:
-            self.connections.pop(connection, None)
+        if connection in self.connections:
+            del self.connections[connection]
             self.heavy.pop(connection, None)
+            self.sizes[connection.network] -= 1
+            if not self.sizes[connection.network]:
+                del self.sizes[connection.network]
+        if connection.unsent:
+            # A reset: the client cannot take the reply for whole, and the kernel keeps none of it.
+            linger = struct.pack("ii", True, 0)
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            connection.unsent = []
         connection.state = CLOSED
         connection.sock.close()
 
     # Waiting for connections.
 
     def turn(self, seconds: float) -> bool:
-        """Wait at most `seconds` for ready connections; serve them, and up to 512 new ones.
+        """Wait at most `seconds` for ready connections; serve them, and some new ones.
 
         Return whether any was ready.
         """
-        newcomers = 0
+        newcomers, self.may_evict = 0, True
         for key, _ in self.selector.select(seconds):
             if key.fileobj is self.socket:
-                newcomers = 512
+                newcomers = NEWCOMERS
             elif key.fileobj is self.wakened:
                 self.wakened.recv(RECEIVE_BYTES)
                 while self.handed_back:
@@ -2039,15 +2073,17 @@ class Server(socketserver.ThreadingTCPServer):
         if events and (connection.unsent or len(connection.received) > LIGHT_BYTES):
             self.heavy[connection] = None
             if len(self.heavy) > HEAVY:
-                for each in choose_evicted(list(self.heavy), 1 + HEAVY // 20):
+                sizes = collections.Counter(each.network for each in self.heavy)
+                for each in choose_evicted(self.heavy, sizes, 1 + HEAVY // 20):
                     self.shutdown_request(each)
 
     def add(self, connection: Connection) -> None:
         """Add a connection to those that wait or work; evict others if there are too many."""
-        if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 20):
+        if len(self.connections) >= self.ceiling and not self.evict(1 + self.ceiling // 100):
             raise ConnectionAbortedError("too many connections")
         connection.network = network_of(str(connection))
         self.connections[connection] = None
+        self.sizes[connection.network] += 1
 
     def evict(self, count: int) -> bool:
         """Close up to `count` connections that wait; returns whether there were any.
@@ -2055,12 +2091,25 @@ class Server(socketserver.ThreadingTCPServer):
         A connection whose next bytes have arrived is kept. One that is taking a reply is closed
         only if all of them are.
         """
+        if not self.may_evict:
+            return False
         arrived = {key.data for key, _ in self.selector.select(0)}
         arrived.update(self.ready, self.handed_back.copy())  # workers append to the latter
-        waiting = [c for c in self.connections if c.state == WAITING and c not in arrived]
-        for connection in choose_evicted([c for c in waiting if not c.unsent] or waiting, count):
+
+        def waiting(is_slow: bool) -> Iterator[Connection]:
+            for each in self.connections:
+                if each.state == WAITING and each not in arrived and bool(each.unsent) == is_slow:
+                    yield each
+
+        chosen = (
+            choose_evicted(waiting(False), self.sizes, count)
+            or [*itertools.islice(waiting(False), count)]  # none was of the largest networks
+            or [*itertools.islice(waiting(True), count)]
+        )
+        for connection in chosen:
             self.shutdown_request(connection)
-        return bool(waiting)
+        self.may_evict = bool(chosen)
+        return self.may_evict
 
     # Replies.
 
@@ -2350,23 +2399,24 @@ class WebHandler(http.server.BaseHTTPRequestHandler):
         return Reply(pieces, request.size, not request.keep)
 
     def do_GET(self) -> Page | Callable[[], Page]:
-        site, answers = self.server.site, self.server.answers
-        if self.request.path == "/":
-            is_long = site.store.now.size() > MAX_SHORT_LIST
-            return self.list_page if is_long else answers.page(self.request)
-        return self.plan_page if site.plans else answers.page(self.request)
+        answers, now = self.server.answers, self.server.site.store.now
+        if answers.takes_long(self.request, now):
+            return self.list_page
+        if self.server.site.plans and self.request.path != "/":
+            return self.plan_page
+        return answers.page(self.request, now)
 
     do_HEAD = do_GET  # the response leaves out the body
 
     def list_page(self) -> Page:
         """The list of all users; one thread makes it, for all that wait for it."""
         with self.server.listing:
-            return self.server.answers.page(self.request)
+            return self.server.answers.page(self.request, self.server.site.store.now)
 
     def plan_page(self) -> Page:
         """The page of a user, whose plan is read from the disk."""
         plan = self.server.read_plan(self.request.user)
-        return self.server.answers.page(self.request, plan)
+        return self.server.answers.page(self.request, self.server.site.store.now, plan)
 
     def do_POST(self) -> Page | Callable[[], Page]:
         content_type = self.request.headers.get("content-type", "")

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import datetime
@@ -2757,6 +2758,23 @@ class WebTest(SharedCase):
         self.service.set("shawn", "changed")
         changed = {user for user, name in ids().items() if name != before[user]}
         self.assertEqual(changed, {"shawn"})
+
+    def test_a_list_that_is_remembered_does_not_take_long(self) -> None:
+        store = make_store({f"user{number:05}": "hi" for number in range(101)})
+        answers = fingerd.WebAnswers(store, fingerd.Policy())
+
+        def takes_long(target: str = "/") -> bool:
+            head = f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+            request: Any = fingerd.parse_http_request(head)
+            long = answers.takes_long(request, store.now)
+            answers.page(request, store.now)
+            return long
+
+        self.assertEqual([takes_long(), takes_long()], [True, False])
+        self.assertEqual([takes_long("/?format=json"), takes_long()], [True, False])
+        self.assertFalse(takes_long("/user00001"))
+        store.set("user00001", "new")
+        self.assertEqual([takes_long(), takes_long()], [True, False])
 
     def test_long_lists_end_with_how_many_are_left_out(self) -> None:
         store = make_store({f"user{number:05}": "hi" for number in range(10_001)})
@@ -5599,6 +5617,14 @@ class ConnectionTest(Case):
         (connection,) = self.lines.connections
         self.assertGreater(connection.deadline, time.monotonic() + 50, "the time of a new request")
 
+    def test_a_reply_that_is_cut_off_ends_in_a_reset(self) -> None:
+        sock = self.client(b"long\n")
+        until(lambda: self.turn() or self.lines.heavy)
+        until(lambda: self.turn() or self.lines.evict(1))
+        with self.assertRaises(ConnectionResetError):
+            while sock.recv(1_000_000):
+                pass
+
     def test_many_slow_readers_give_way(self) -> None:
         self.patch(HEAVY=2)
         socks = [self.client(b"long\n") for _ in range(2)]
@@ -5686,11 +5712,58 @@ class ConnectionTest(Case):
         self.reads(sock, b"a\nb\n")
 
     def test_a_connection_may_be_closed_twice(self) -> None:
-        self.client(b"half")
-        until(lambda: self.turn() or self.states())
-        for connection in list(self.lines.connections) * 2:
-            self.lines.shutdown_request(connection)
+        for data in (b"half", b"long\n"):
+            self.client(data)
+            until(lambda: self.turn() or self.states())
+            for connection in list(self.lines.connections) * 2:
+                self.lines.shutdown_request(connection)
+        self.assertFalse(self.lines.sizes)
         self.reads(self.client(b"next\n"), b"next\n")
+
+    def test_if_nothing_can_be_evicted_a_turn_looks_once(self) -> None:
+        sock = self.client(b"job\n")
+        until(lambda: self.turn() or self.states() == ["working"])
+        for _ in range(2):
+            self.assertFalse(self.lines.evict(1))
+            with mock.patch.object(self.lines.selector, "select", side_effect=AssertionError):
+                self.assertFalse(self.lines.evict(1))
+            self.turn()
+        self.lines.go.set()
+        self.reads(sock, b"job\n")
+        self.assertTrue(self.lines.evict(1))
+
+    def test_if_the_largest_network_only_works_another_is_evicted_from(self) -> None:
+        self.lines.ceiling = 3
+        small = self.client(b"half", source="127.0.0.3")
+        until(lambda: self.turn() or self.states())
+        socks = [self.client(b"job\n") for _ in range(2)]
+        until(lambda: self.turn() or self.states() == ["waiting", "working", "working"])
+        late = self.client(b"half", source="127.0.0.4")
+        self.closed(small)
+        late.sendall(b"\n")
+        self.reads(late, b"half\n")
+        self.assertEqual(sum(self.lines.sizes.values()), 3)
+        self.lines.go.set()
+        self.reads(socks[0], b"job\n")
+
+    def test_the_connections_to_evict(self) -> None:
+        for networks, count, wanted in (
+            ("", 1, []),
+            ("a", 1, [0]),
+            ("abc", 2, [0, 1]),
+            ("abcb", 1, [1]),
+            ("abcb", 2, [0, 1]),
+            ("abbbcc", 1, [1]),
+            ("abbbcc", 3, [1, 2, 4]),
+            ("aabbbb", 2, [2, 3]),
+            ("aabbbb", 9, [0, 1, 2, 3, 4, 5]),
+        ):
+            with self.subTest(networks, count=count):
+                waiting: list[Any] = [mock.Mock(network=letter) for letter in networks]
+                sizes: Any = collections.Counter(networks)
+                chosen = fingerd.choose_evicted(waiting, sizes, count)
+                self.assertEqual([waiting.index(each) for each in chosen], wanted)
+                self.assertEqual(sizes, collections.Counter(networks))
 
     def test_a_connection_that_works_is_not_evicted(self) -> None:
         self.lines.ceiling = 1
