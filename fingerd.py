@@ -1224,6 +1224,7 @@ def error_page(status: int, words: str = "") -> Page:
 
 
 # For scripts of other sites: they may read every answer, and send these requests.
+METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"
 ALLOWED = "Access-Control-Allow-Methods: GET, HEAD\r\nAccess-Control-Allow-Headers: *\r\n"
 
@@ -1343,24 +1344,26 @@ class WebAnswers:
         self._lists: dict[str, tuple[int, Page]] = {}  # by format, with the store's version
         self._remembered = functools.lru_cache(MAX_PAGES)(self._make_user)
 
-    def _allowed(self, path: str) -> list[str]:
-        """The HTTP methods that `path` allows."""
-        has_page = path != "/RPC2" or self._store.now.find("RPC2") != ""
-        takes_calls = path in ("/", "/RPC2")  # some clients post their calls to /
-        is_public = path != "/RPC2" and self._policy.public_url != "/"
-        return ["GET", "HEAD"] * has_page + ["POST"] * takes_calls + ["OPTIONS"] * is_public
+    def _allows(self, method: str, path: str) -> bool:
+        """Whether `path` allows the HTTP method."""
+        if method == "POST":
+            return path in ("/", "/RPC2")  # some clients post their calls to /
+        if method == "OPTIONS":
+            return path != "/RPC2" and self._policy.public_url != "/"
+        return method in METHODS and (path != "/RPC2" or self._store.now.find("RPC2") != "")
 
     def refusal(self, request: HttpRequest) -> Page | None:
         """The page that refuses a request, whatever its body is, or None if it is accepted."""
-        if request.problem or request.method not in self._allowed(request.path):
+        if request.problem or not self._allows(request.method, request.path):
             return error_page(request.problem or 405)
         return None
 
     def takes_long(self, request: HttpRequest, now: Snapshot) -> bool:
         """Whether a GET asks for a list of many users that is not remembered."""
+        if request.path != "/" or now.size() <= MAX_SHORT_LIST:
+            return False
         name = choose_format(request.query, request.headers.get("accept", ""))
-        is_known = name in self._lists and self._lists[name][0] == now.version
-        return request.path == "/" and now.size() > MAX_SHORT_LIST and not is_known
+        return name not in self._lists or self._lists[name][0] != now.version
 
     def page(self, request: HttpRequest, now: Snapshot, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
@@ -1404,7 +1407,8 @@ class WebAnswers:
         """The pieces of the response with `page` to `request` at the time `now`."""
         more = ""
         if page.status == 405:
-            more += f"Allow: {', '.join(self._allowed(request.path))}\r\n"
+            allowed = [method for method in METHODS if self._allows(method, request.path)]
+            more += f"Allow: {', '.join(allowed)}\r\n"
         if self._store.problems:  # a header for monitoring
             more += f"Fingerd-Problem: {', '.join(sorted(self._store.problems))}\r\n"
         if self._policy.public_url != "/" and request.method != "POST" and request.path != "/RPC2":
