@@ -662,15 +662,18 @@ def parse_json_list(data: bytes, known: Mapping[str, str], now: float) -> UsersF
                 if line:
                     entry = json.loads(line)
                     user, since = clean(entry["user"]), parse_iso_time(entry["since"])
-                    line, problem = f"{user}: {clean(entry['status'])}", entry_problem(user)
-                    dates[user] = since if 0 <= since <= now + MAX_SKEW else now
-                    if entry.get("until"):
-                        ends[user] = min(parse_iso_time(entry["until"]), now + MAX_AHEAD)
+                    text, until = clean(entry["status"]), entry.get("until")
+                    end = min(parse_iso_time(until), now + MAX_AHEAD) if until else 0.0
+                    line, problem = f"{user}: {text}", entry_problem(user, text)
+                    if not problem:
+                        dates[user] = since if 0 <= since <= now + MAX_SKEW else now
+                        ends[user] = end
             except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 problem = "not a status in JSON"
             yield line, problem
 
-    return parse_users(lines(), known)._replace(dates=dates, ends=ends)
+    users = parse_users(lines(), known)
+    return users._replace(dates=dates, ends={user: end for user, end in ends.items() if end})
 
 
 def user_url(base: str, user: str) -> str:
@@ -1704,7 +1707,8 @@ class IrcSession:
 
     def on_433(self, line: IrcLine) -> None:
         """The nick is taken or not allowed, perhaps for its length: try another one, once."""
-        other_nick = self.options.nick[:8] + "_"  # RFC 2812, 1.2.1: servers allow 9 characters
+        nick = self.options.nick
+        other_nick = nick[:8] + ("-" if nick[8:] == "_" else "_")  # 9 characters: RFC 2812, 1.2.1
         if self.registered:
             self.on_other(line)
         elif self.nick == other_nick:
@@ -2119,10 +2123,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def go_on(self, connection: Connection) -> bool:
         """Go on with what a connection has begun; False if it waits for a request."""
-        if connection.state == CLOSED:
-            return True  # it was evicted in this turn
         if connection.result:
             self.end_job(connection, connection.result)
+        elif connection.state == CLOSED:
+            pass  # it was evicted in this turn
         elif connection.unsent:
             self.send(connection)
         elif connection.drain:
@@ -2184,12 +2188,12 @@ class Server(socketserver.ThreadingTCPServer):
     def begin_job(self, connection: Connection, job: Job) -> None:
         """Let a worker compute the reply to a connection, as soon as one is free."""
         self.wait(connection, 0)
-        jobs = self.jobs.setdefault(connection.network, collections.deque())
-        is_full = len(jobs) >= LONG_JOBS or sum(map(len, self.jobs.values())) >= HEAVY
-        if is_full and len(connection.received) > LIGHT_BYTES:
-            raise ConnectionAbortedError("too many long requests")
+        if len(connection.received) > LIGHT_BYTES:
+            own = len(self.jobs.get(connection.network, ()))
+            if own >= LONG_JOBS or sum(map(len, self.jobs.values())) >= HEAVY:
+                raise ConnectionAbortedError("too many jobs for a long request")
         connection.state = WORKING
-        jobs.append((connection, job))
+        self.jobs.setdefault(connection.network, collections.deque()).append((connection, job))
         self.start_workers()
 
     def start_workers(self) -> None:
@@ -2224,10 +2228,12 @@ class Server(socketserver.ThreadingTCPServer):
 
     def end_job(self, connection: Connection, reply: Reply) -> None:
         """Send the reply that a worker has computed."""
-        connection.state, connection.result = WAITING, None
         self.workers -= 1
         self.start_workers()
-        self.send(connection, reply)
+        connection.result = None
+        if connection.state == WORKING:  # else it was closed meanwhile
+            connection.state = WAITING
+            self.send(connection, reply)
 
     # The end.
 
@@ -2262,7 +2268,7 @@ class FingerServer(Server):
 
     def __init__(self, listener: socket.socket, site: Site) -> None:
         super().__init__(listener, site)
-        self.lists: dict[FingerQuery, tuple[int, Reply]] = {}  # with the store's version
+        self.lists: dict[FingerQuery, tuple[int, bytes]] = {}  # with the store's version
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
         """The answer to a query; a job if a plan must be looked for or a long list must be made."""
@@ -2277,17 +2283,16 @@ class FingerServer(Server):
         if query.too_long or query.host is not None or (query.user and not plans):
             text = finger_answer(now, query, policy)
             return Reply([text.encode()], len(received), close=True)
-        version, listed = self.lists.get(query, (0, None))
+        version, listed = self.lists.get(query, (-1, b""))
         if version == now.version:
-            return listed
+            return Reply([listed], len(received), close=True)
 
         def answer() -> Reply:
             plan = plans.read(query.user) if plans and query.user else ""
-            text = finger_answer(now, query, policy, plan)
-            reply = Reply([text.encode()], len(received), close=True)
+            text = finger_answer(now, query, policy, plan).encode()
             if not query.user:
-                self.lists[query] = now.version, reply
-            return reply
+                self.lists[query] = now.version, text
+            return Reply([text], len(received), close=True)
 
         return answer if query.user or now.size() > MAX_SHORT_LIST else answer()
 
@@ -2536,7 +2541,8 @@ def http_get(url: str, headers: dict[str, str]) -> tuple[http.client.HTTPRespons
     timer.daemon = True
     timer.start()
     try:
-        connection.request("GET", url.partition(parts.netloc)[2] or "/", headers=headers)
+        query = f"?{parts.query}" if parts.query else ""
+        connection.request("GET", (parts.path or "/") + query, headers=headers)
         response = connection.getresponse()
         for block in iter(lambda: response.read(BLOCK_BYTES), b""):
             body += block

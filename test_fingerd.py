@@ -744,6 +744,20 @@ class CodecsTest(Case):
         (b"a: \xed\xb2\x80", "not UTF-8"),  # a surrogate
     ]
 
+    def test_a_bad_line_of_a_list_in_json_changes_no_time_of_a_good_one(self) -> None:
+        good = b'[{"user": "a", "status": "b", "since": "1970-01-01T00:00:09Z"},\n'
+        for more in (
+            b'"since": "1970-01-02T00:00:00Z", "status": "%s"' % (b"x" * 1_001),
+            b'"since": "1970-01-02T00:00:00Z", "status": "b", "until": "soon"',
+            b'"since": "1970-01-02T00:00:00Z", "until": "2100-01-01T00:00:00Z", "status": 1',
+        ):
+            users = parse_json(good + b'{"user": "a", ' + more + b"}]\n")
+            self.assertEqual((users.texts, len(users.problems)), ({"a": "b"}, 1), more)
+            self.assertEqual((users.dates, users.ends), ({"a": 9.0}, {}), more)
+        first = good.replace(b"}", b', "until": "1970-02-01T00:00:00Z"}')
+        self.assertEqual(parse_json(first + b"]\n").ends, {"a": 31 * 86_400.0})
+        self.assertEqual(parse_json(first + good[1:] + b"]\n").ends, {})
+
     def test_users_files(self) -> None:
         for data, texts in self.USERS_FILES:
             with self.subTest(data[:40]):
@@ -2026,6 +2040,14 @@ class SharedCase(Case):
 
 
 class FingerTest(SharedCase):
+    def test_a_list_that_is_remembered_answers_each_query_whole(self) -> None:
+        for store in (fingerd.StatusStore(), make_store()):
+            server = self.server(fingerd.FingerServer, store)
+            sock = self.keep(connect(server.port))
+            for query in (b"\n", b"\r\n", b"\n", b"  \r\nmore"):
+                reply = server.reply(query, False, mock.Mock(sock=sock))
+                self.assertEqual((reply.used, reply.close), (len(query), True))
+
     def test_who_types_slowly_is_waited_for(self) -> None:
         rows = [
             ("finger", b"moshez", HAPPY),
@@ -3877,6 +3899,8 @@ class IrcSessionTest(Case):
             self.assertEqual(talk.said()[-1], "NICK fingerbo_")
             with self.assertRaisesRegex(ConnectionError, "none of our nicks"):
                 talk.hear(f":s {number} * a :b")
+        talk = Talk(nick="fingerbo_").hear(":s 433 * a :b")
+        self.assertEqual(talk.said()[-1], "NICK fingerbo-")
 
     def test_answers(self) -> None:
         long_name = "n" * 70
@@ -5657,6 +5681,24 @@ class ConnectionTest(Case):
         self.lines.go.set()
         self.reads(sock, b"job " + b"x" * 20 + b"\n")
 
+    def test_a_long_request_that_is_refused_leaves_no_trace(self) -> None:
+        self.patch(HEAVY=1, LIGHT_BYTES=10, WORKERS=1)
+        one, other = (self.client(b"job\n", source=f"127.0.0.{n}") for n in (3, 4))
+        until(lambda: self.turn() or self.states() == ["working"] * 2)
+        self.closed(self.client(b"job " + b"x" * 20 + b"\n"))
+        self.lines.go.set()
+        self.reads(one, b"job\n")
+        self.reads(other, b"job\n")
+        self.assertEqual((self.lines.workers, self.lines.jobs), (0, {}))
+
+    def test_a_worker_whose_connection_was_closed_counts_no_more(self) -> None:
+        self.client(b"job\n")
+        until(lambda: self.turn() or self.states() == ["working"])
+        for connection in list(self.lines.connections):
+            self.lines.shutdown_request(connection)
+        self.lines.go.set()
+        until(lambda: self.turn() or self.lines.workers == 0)
+
     def test_long_requests_that_wait_for_a_worker_are_few(self) -> None:
         self.patch(LONG_JOBS=1, LIGHT_BYTES=10, WORKERS=1)
         line = b"job " + b"x" * 20 + b"\n"
@@ -6559,6 +6601,21 @@ class ReplicasTest(Case):
         conditions = [b'If-None-Match: "x"' in each for each in requests]
         self.assertEqual(conditions, [False, True, True, True, False, False])
         self.assertRegex(requests[0], rb"\AGET /a\?b HTTP/1\.1\r\nHost: 127\.0\.0\.1:\d+\r\n")
+
+    def test_the_target_that_it_asks_for(self) -> None:
+        for url, target in (
+            ("http://h", "/"),
+            ("http://h/http", "/http"),
+            ("http://h//a?b=c?d#e", "//a?b=c?d"),
+            ("http://h?a", "/?a"),
+            ("https://s/x", "/x"),
+        ):
+            with mock.patch("http.client.HTTPConnection") as http, self.subTest(url):
+                with mock.patch("http.client.HTTPSConnection", http):
+                    http.return_value.getresponse.return_value.read.return_value = b""
+                    http.return_value.getresponse.return_value.length = 0
+                    fingerd.http_get(url, {})
+                self.assertEqual(http.return_value.request.call_args[0], ("GET", target))
 
     def test_what_is_no_list_is_an_error(self) -> None:
         moved = b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 5\r\n\r\na: b\n"
