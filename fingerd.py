@@ -120,10 +120,10 @@ SEND_SECONDS = 10.0  # for a client to take a reply; each byte that it takes ext
 SLOWEST_READER = 100_000  # bytes a second: a faster client is never cut off
 HEAVY = 1_024  # connections with a long incomplete request or an unsent reply; others are light
 LIGHT_BYTES = 1_024  # of an incomplete request, on a light connection
-LONG_JOBS = 64  # long requests of one network that wait for a worker
+LONG_JOBS = 64  # jobs of one network that wait; then its long requests are refused
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
-BLOCK_BYTES = 65_536  # read at once from a file or from an IRC server; sent at once to a client
+BLOCK_BYTES = 65_536  # read at once from another server; a longer page is not copied to its head
 UNSENT_BYTES = 16_384  # that the kernel takes from a reply before the client is ready for them
 TURNS_SECONDS = 0.1  # between checks for a shutdown and for connections whose deadline has passed
 STOP_SECONDS = 2.0  # for the replies in flight when the service stops
@@ -136,7 +136,8 @@ LOG_LINES = 1_000  # that wait for stderr; more are dropped
 IRC_TEXT_BYTES = 380  # of a text and its target; a line has 512 bytes, nick!user@host included
 IRC_BURST_LINES, IRC_LINE_SECONDS = 5, 2.0  # lines sent at once; seconds for each further line
 IRC_QUEUE_LINES = 20  # lines that wait to be sent, 40 s at most at that pace
-IRC_QUERIES, IRC_RECENT = 12, 1_000  # from one user@host between keep-alives; remembered from all
+IRC_QUERIES = 12  # answered to one user@host between two keep-alives
+IRC_RECENT = 1_000  # queries of anybody that are remembered for this
 IRC_ANNOUNCED = 3  # changes announced one by one; the rest of a burst is only counted
 IRC_CONNECT_SECONDS = 15.0  # for each address, and for the TLS handshake
 IRC_KEEP_ALIVE_SECONDS = 90.0  # for the registration; between PINGs; before another JOIN
@@ -222,7 +223,7 @@ def parse_users(lines: Iterable[tuple[str, str]], known: Mapping[str, str]) -> U
     """The users in lines of `clean_line`; the last one for a user counts, a bad one is skipped.
 
     A status that is already in `known` is reused as the same object, so that reading a large file
-    again costs little memory. Reading stops after MAX_USERS users.
+    again costs little memory. Reading stops after MAX_USERS + 1 users; `read_users` refuses these.
     """
     texts: dict[str, str] = {}
     problems: list[str] = []
@@ -434,7 +435,7 @@ _LAST_CHUNK = re.compile(rb"\r\n0{1,8}%s(?:%s\r\n)*\r\n" % (_EXTENSION, _FIELD))
 
 def header_problem(headers: Mapping[str, str], http_1_1: bool) -> int:
     """The status that refuses a request with these headers, or 0."""
-    host = headers.get("host", "missing!" if http_1_1 else "")
+    host = headers.get("host", "missing!" if http_1_1 else "")  # no host has a "!"
     length = headers.get("content-length", "0")
     # A repeated header has a comma in its value, which neither pattern accepts.
     if (host and not re.fullmatch(HOST, host)) or not re.fullmatch("[0-9]{1,99}", length):
@@ -522,8 +523,9 @@ def parse_http_request(data: bytes) -> HttpRequest | None:
 
 # ---- pages -------------------------------------------------------------------------------------
 
-FORMATS = {  # that a web client may ask for, each with the media ranges that admit it, besides */*
-    "html": ["text/html", "text/*"],  # its own type comes first
+# The formats of pages, each with the media ranges that admit it besides */*, its own type first.
+FORMATS = {
+    "html": ["text/html", "text/*"],
     "text": ["text/plain", "text/*"],
     "json": ["application/json", "application/*"],
     "atom": ["application/atom+xml", "application/rss+xml", "application/xml", "application/*"],
@@ -810,7 +812,7 @@ def sorted_in_slices(names: list[str]) -> list[str]:
 
 
 def cased(names: Iterable[str]) -> dict[str, str]:
-    """The names that casefold() changes, by its result; "" where two have the same."""
+    """The names that casefold() changes, by its result; "" if two have the same."""
     found: dict[str, str] = {}
     for name in names:
         folded = name.casefold()
@@ -829,8 +831,8 @@ class Snapshot(NamedTuple):
     version: int = 0  # rises with everything that becomes visible
     changed: float = 0.0  # when it became visible
     file: dict[str, str] = {}  # what the users file says, empty texts included
-    loaded: float = 0.0  # when the file was loaded first: the date of its lines,
-    dates: dict[str, float] = {}  # except of those that have a date here
+    loaded: float = 0.0  # when the file was loaded first: the date of lines that are not in `dates`
+    dates: dict[str, float] = {}  # of the lines that changed later, or came with a date
     ends: dict[str, float] = {}  # when another server will take back lines of its list
     messages: dict[str, Message] = {}  # all of them, hidden ones included
     names: list[str] = []  # the users with a text in the file, sorted
@@ -949,7 +951,7 @@ class StateFile:
             try:
                 with db:
                     yield db
-            except sqlite3.Error:  # so that the next start finds no part of it in the log
+            except sqlite3.Error:  # an empty commit replaces what is left in the write-ahead log
                 with contextlib.suppress(sqlite3.Error):
                     db.execute(f"PRAGMA user_version = {self.VERSION}")
                 raise
@@ -981,6 +983,7 @@ class StateFile:
             with self._transaction() as db:
                 found = self._read(db, "messages")
                 self._replace(db, "messages", found, new.messages)
+                # If another program has changed one table, the other one is not trusted either.
                 if new.file is not self._file or found != self.messages:
                     self._replace(db, "lines", self._read(db, "lines"), new.lines())
         except (OSError, sqlite3.Error) as problem:
@@ -1140,8 +1143,8 @@ class Policy(NamedTuple):
 
     private: bool = False  # nobody is told who has a status
     hostnames: frozenset[str] = frozenset({"localhost"})  # this machine's names, in lower case
-    finger_host: str = "localhost"  # the host in the finger command that pages show,
-    finger_port: int = 0  # and its port; pages show the command if it is 79
+    finger_host: str = "localhost"  # the host in the finger command that pages show
+    shows_command: bool = False  # whether they show it: finger(1) knows only port 79
     public_url: str = "/"  # the web server's address behind a proxy, ending in "/"
     feed_root: str = "tag:fingerd,2026:"  # the start of ids in feeds: the same on all replicas
 
@@ -1202,7 +1205,7 @@ class Page(NamedTuple):
     headers: str  # each with its CRLF
     pieces: list[bytes] = []
     etag: str = ""
-    modified: int = 0  # the second after its last change, since 1970; 0 if that is not known
+    modified: int = 0  # its last change, rounded up, in seconds since 1970; 0 if it is not known
 
 
 def make_page(status: int, media_type: str, texts: Iterable[str], since: float = -1) -> Page:
@@ -1226,8 +1229,8 @@ def error_page(status: int, words: str = "") -> Page:
     return make_page(status, "text/html", [html_page(str(status), f"<p>{words}</p>")])
 
 
-# For scripts of other sites: they may read every answer, and send these requests.
 METHODS = ("GET", "HEAD", "POST", "OPTIONS")
+# For scripts of other sites: they may read answers, and send GET and HEAD.
 ANY_ORIGIN = "Access-Control-Allow-Origin: *\r\n"
 ALLOWED = "Access-Control-Allow-Methods: GET, HEAD\r\nAccess-Control-Allow-Headers: *\r\n"
 
@@ -1246,7 +1249,7 @@ def user_html(user: str, status: Status, policy: Policy, plan: str) -> str:
         return html_page(user, f"<p>{NO_SUCH_USER}</p>\n<footer>{everybody}</footer>")
     feed = user_url(policy.public_url, user) + "?format=atom"
     command = html.escape(f"finger {shlex.quote(f'{user}@{policy.finger_host}')}")
-    hint = f"<code>{command}</code> · " * (policy.finger_port == 79)  # finger(1) takes no port
+    hint = f"<code>{command}</code> · " * policy.shows_command
     main = status_html(status) if status.text else ""
     main += f"<h2>Plan</h2>\n<pre>\n{html.escape(plan)}</pre>\n" if plan else ""
     main += f'<footer>{everybody} · {hint}<a href="{feed}">feed</a></footer>'
@@ -1280,7 +1283,7 @@ def atom_feed(user: str, statuses: list[tuple[str, Status]], policy: Policy) -> 
 
 
 def newest(now: Snapshot, count: int) -> list[tuple[str, Status]]:
-    """The `count` newest statuses with their users."""
+    """The `count` newest statuses with their users; replicas know whole seconds only."""
     return heapq.nlargest(count, now.users(), key=lambda item: int(item[1].since))
 
 
@@ -1338,8 +1341,8 @@ def is_known(headers: Mapping[str, str], page: Page) -> bool:
 class WebAnswers:
     """The pages of the store's users.
 
-    It remembers the last list of everybody in each format, which is as long as the statuses in it,
-    and MAX_PAGES users' pages without a plan, of 20 kB at most.
+    It remembers the last list of all users in each format, of any length, and MAX_PAGES pages of
+    users without a plan, of 20 kB at most.
     """
 
     def __init__(self, store: StatusStore, policy: Policy) -> None:
@@ -1353,10 +1356,10 @@ class WebAnswers:
             return path in ("/", "/RPC2")  # some clients post their calls to /
         if method == "OPTIONS":
             return path != "/RPC2" and self._policy.public_url != "/"
-        return method in METHODS and (path != "/RPC2" or self._store.now.find("RPC2") != "")
+        return method in ("GET", "HEAD") and (path != "/RPC2" or self._store.now.find("RPC2") != "")
 
     def refusal(self, request: HttpRequest) -> Page | None:
-        """The page that refuses a request, whatever its body is, or None if it is accepted."""
+        """The page that refuses a request because of its head, or None."""
         if request.problem or not self._allows(request.method, request.path):
             return error_page(request.problem or 405)
         return None
@@ -1439,7 +1442,7 @@ RPC_PARAMETERS = {"listUsers": [], "system.listMethods": [], "system.multicall":
 def rpc_page(answer: Any) -> Page:
     """The response with a result, as a tuple of one, or with a fault."""
     text = xmlrpc.client.dumps(answer, methodresponse=True)
-    # Some clients count characters, not bytes.
+    # ASCII alone: some clients take Content-Length for a number of characters.
     return make_page(200, "text/xml", [text.encode("ascii", "xmlcharrefreplace").decode()])
 
 
@@ -1800,7 +1803,7 @@ class IrcSession:
 
 
 class Reply(NamedTuple):
-    """What a server answers to the bytes that it has received."""
+    """The answer of a server to the bytes that it has received."""
 
     pieces: list[bytes]  # sent one after the other; never changed, so connections can share them
     used: int  # how many received bytes it answers
@@ -1812,7 +1815,7 @@ Job = Callable[[], Reply]  # computes a reply in a worker thread, where it may b
 WAITING, WORKING, CLOSED = "waiting", "working", "closed"
 
 # The flags to send the last piece of a last reply. The end of the stream follows at once; where
-# there is MSG_MORE, both travel in one packet, which takes a fifth of the time of an answer.
+# there is MSG_MORE, both travel in one packet: this saves a seventh of an answer's CPU time.
 SEND_LAST = socket.MSG_DONTWAIT | getattr(socket, "MSG_MORE", 0)
 
 
@@ -1827,9 +1830,10 @@ class Connection:
 
     state    owner     leaves the state when
     -------  --------  --------------------------------------------------------------------------
-    waiting  the loop  the reply needs a job: working. The last reply is sent, its deadline
-                       passes, the client ends, or it is evicted: closed.
-    working  a worker  the job has computed the reply: waiting. The server stops: closed.
+    waiting  the loop  the reply needs a job: working. The client closes after the last reply, or
+                       earlier; the deadline passes; it is evicted: closed.
+    working  a worker  the job has computed the reply: waiting. STOP_SECONDS after the server
+                       was told to stop: closed.
     closed   nobody
 
     The loop is the thread of the connection's server, and it alone uses the socket. A connection
@@ -1871,11 +1875,11 @@ def choose_evicted(
     `candidates` begins with the longest idle one; `sizes` says how many connections each network
     has.
     """
-    networks = collections.Counter(sizes.values())  # how many networks have that many
-    limit, larger, excess = max(networks, default=0), 0, 0
+    networks = collections.Counter(sizes.values())  # how many networks have each size
+    limit, networks_above, excess = max(networks, default=0), 0, 0
     while limit and excess < count:  # lower the limit until enough connections are above it
-        larger += networks[limit]
-        limit, excess = limit - 1, excess + larger
+        networks_above += networks[limit]
+        limit, excess = limit - 1, excess + networks_above
     left, chosen = sizes.copy(), []
     for connection in candidates:
         if left[connection.network] > limit:
@@ -1922,11 +1926,10 @@ class Server(socketserver.ThreadingTCPServer):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # else the kernel holds 100 kB for each
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-        # All that had to wait, the longest idle first, and how many of them each network has.
-        self.connections: dict[Connection, None] = {}
-        self.sizes: collections.Counter[bytes] = collections.Counter()
+        self.connections: dict[Connection, None] = {}  # all that had to wait; longest idle first
+        self.sizes: collections.Counter[bytes] = collections.Counter()  # of them, by network
         self.heavy: dict[Connection, None] = {}  # see HEAVY; longest without progress first
-        self.may_evict = True  # else a look for connections to evict found none in this turn
+        self.may_evict = True  # False if a search in this turn found none
         self.ready: collections.deque[Connection] = collections.deque()  # serve them in this turn
         self.handed_back: collections.deque[Connection] = collections.deque()  # serve in the next
         # The jobs that wait, by network; the first network has the next turn.
@@ -1941,7 +1944,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = False
 
     def reply(self, received: bytes, ended: bool, connection: Connection) -> Reply | Job | None:
-        """The reply to the bytes in `received`; no more will follow if `ended`.
+        """The reply to the bytes in `received`; no more follow if `ended`.
 
         None if the request is incomplete; a job if the reply takes long to compute. Never blocks.
         """
@@ -1975,7 +1978,7 @@ class Server(socketserver.ThreadingTCPServer):
                 return
             connection.ended = not chunk
             connection.received += chunk
-            if len(chunk) == RECEIVE_BYTES:  # more may be there, to be read before the end
+            if len(chunk) == RECEIVE_BYTES:  # more may be there: see the end of `send`
                 self.wait(connection)
         connection.pipelined = False
         reply = self.reply(connection.received, connection.ended, connection)
@@ -2010,7 +2013,7 @@ class Server(socketserver.ThreadingTCPServer):
                 request.sock.send(self.fault, socket.MSG_DONTWAIT)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection; it does no harm to close it again."""
+        """Close a connection, unless it is closed already."""
         connection: Connection = request
         if connection.events:
             self.selector.unregister(connection.sock)
@@ -2022,8 +2025,8 @@ class Server(socketserver.ThreadingTCPServer):
             if not self.sizes[connection.network]:
                 del self.sizes[connection.network]
         if connection.unsent:
-            # A reset: the client cannot take the reply for whole, and the kernel keeps none of it.
-            linger = struct.pack("ii", True, 0)
+            # A reset: the client sees that the reply is incomplete, and the kernel drops the rest.
+            linger = struct.pack("ii", 1, 0)
             connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             connection.unsent = []
         connection.state = CLOSED
@@ -2044,7 +2047,7 @@ class Server(socketserver.ThreadingTCPServer):
                 self.wakened.recv(RECEIVE_BYTES)
                 while self.handed_back:
                     self.ready.append(self.handed_back.popleft())
-            elif key.data.unsent or not key.data.pipelined:  # else it has been handed back
+            elif key.data.unsent or not key.data.pipelined:  # else it is in handed_back already
                 self.ready.append(key.data)
         count = len(self.ready) + newcomers
         with contextlib.suppress(OSError):  # of get_request
@@ -2096,8 +2099,8 @@ class Server(socketserver.ThreadingTCPServer):
     def evict(self, count: int) -> bool:
         """Close up to `count` connections that wait; returns whether there were any.
 
-        A connection whose next bytes have arrived is kept. One that is taking a reply is closed
-        only if all of them are.
+        A connection whose next bytes have arrived is kept. One with an unsent reply is closed
+        only if there is no other.
         """
         if not self.may_evict:
             return False
@@ -2157,6 +2160,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.wait(connection, selectors.EVENT_WRITE)
         elif not connection.closing:
             self.await_request(connection)
+        # Close at once only if no byte can be under way: all came at once, or the client has ended.
         elif connection.ended or self.stopping or not (connection.received or connection.network):
             self.shutdown_request(connection)
         else:
@@ -2171,13 +2175,13 @@ class Server(socketserver.ThreadingTCPServer):
             self.hand_back(connection)
 
     def await_end(self, connection: Connection) -> None:
-        """Wait for the client to close; if its late bytes cause a reset, the reply is lost."""
+        """Wait for the client to close: an earlier close could cause a reset and lose the reply."""
         connection.sock.shutdown(socket.SHUT_WR)
         connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
         self.wait(connection)
 
     def drop(self, connection: Connection) -> None:
-        """Drop what a client sends after the last reply."""
+        """Drop bytes that arrive after the last reply."""
         size = len(connection.sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT))
         connection.drain -= size
         if not size or connection.drain <= 0:
@@ -2339,7 +2343,7 @@ def find_account(client: Any, server: Any) -> str:
 class SetterServer(Server):
     """Sets a user's message for anyone who can connect.
 
-    A users file on disk is checked first, so that an earlier edit does not count as a later one.
+    A users file on disk is read first, so that an edit made before the set does not undo it.
     """
 
     name, seconds = "setter", 60.0
@@ -2463,7 +2467,7 @@ class WebServer(Server):
             if not self.answers.refusal(request):
                 return Reply([b"HTTP/1.1 100 Continue\r\n\r\n"], 0, close=False)
         if request.body is None or len(self.connections) > self.ceiling * 7 // 8:
-            request = request._replace(keep=False)  # no body may come, or connections are scarce
+            request = request._replace(keep=False)  # it may never come; or they are scarce
         return WebHandler(request, connection, self).reply
 
 
@@ -2748,8 +2752,8 @@ class Plans:
             if self._place == "home":
                 account = pwd.getpwnam(user)
                 path, owner = f"{account.pw_dir}/.plan", account.pw_uid
-                is_person = owner >= self._first_uid and account.pw_name != "nobody"
-                if not is_person or os.path.lexists(f"{account.pw_dir}/.nofinger"):
+                is_system = owner < self._first_uid or account.pw_name == "nobody"
+                if is_system or os.path.lexists(f"{account.pw_dir}/.nofinger"):
                     return
             with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
                 found = os.fstat(file.fileno())
@@ -2972,7 +2976,7 @@ def refuse_shared(folder: pathlib.Path, uid: int) -> None:
                     f"{part}: {owner}: chmod it, chown it to uid {uid}, or see --state"
                 )
         if str(part) == os.path.realpath(os.path.expanduser("~")):
-            return
+            return  # what is above a home is not its user's to change
 
 
 def restore_messages(store: StatusStore, path: pathlib.Path, is_default: bool) -> None:
@@ -3101,8 +3105,8 @@ def check(source: FileSource | UrlSource) -> int:
     users = source.read({}, at_once=True) or UsersFile({}, [])
     ordered = sorted(users.texts, key=str.casefold)
     same = [list(names) for _, names in itertools.groupby(ordered, str.casefold)]
-    cased = [f" {' and '.join(names)} differ only in case" for names in same if len(names) > 1]
-    warnings = [f"{warning} (a warning)" for warning in users.repeated + cased]
+    alike = [f" {' and '.join(names)} differ only in case" for names in same if len(names) > 1]
+    warnings = [f"{warning} (a warning)" for warning in users.repeated + alike]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for line in users.problems + warnings:
@@ -3165,7 +3169,7 @@ def make_policy(options: argparse.Namespace) -> Policy:
         private=options.private,
         hostnames=frozenset(name.lower().rstrip(".") for name in names),
         finger_host=names[0],
-        finger_port=0 if options.finger else 79,
+        shows_command=not options.finger,
         public_url=url + "/",
         feed_root=url + "/" if url else Policy().feed_root,
     )

@@ -2914,10 +2914,10 @@ class PrivateTest(SharedCase):
 
     def test_a_page_says_how_to_finger_the_user(self) -> None:
         for user, command in (("moshez", "moshez@h"), ("John Doe", "&#x27;John Doe@h&#x27;")):
-            for port in (79, 7979):
-                policy = fingerd.Policy(finger_host="h", finger_port=port)
+            for shows_command in (True, False):
+                policy = fingerd.Policy(finger_host="h", shows_command=shows_command)
                 page = fingerd.user_html(user, fingerd.Status("hi", 0.0), policy, "")
-                self.assertEqual(f"<code>finger {command}</code>" in page, port == 79)
+                self.assertEqual(f"<code>finger {command}</code>" in page, shows_command)
 
 
 # ---- XML-RPC -----------------------------------------------------------------------------------
