@@ -2923,7 +2923,7 @@ def listen(name: str, address: str) -> socket.socket:
         family, *_, place = min(found)  # IPv4 if the host has both
         return socket.create_server(place, family=family, backlog=4_096, dualstack_ipv6=both)
     except (OSError, ValueError) as problem:
-        words = getattr(problem, "strerror", problem)
+        words = getattr(problem, "strerror", None) or problem
         raise StartError(f"--{name}: cannot listen on {address!a}: {words}") from None
 
 
