@@ -113,7 +113,7 @@ LOCKED_SECONDS = 0.4  # for a state file that another program has locked
 
 # Connections, for each server.
 CONNECTIONS = 10_000  # at the same time; fewer if the process may not have as many descriptors
-NEWCOMERS = 128  # connections that are accepted before those that wait have their turn
+NEWCOMERS = 128  # accepted in one turn; more if more connections that waited are served in it
 SPARE_DESCRIPTORS = 64  # for everything but connections
 WORKERS = 16  # threads that compute replies; each may delay the loop by 0.1 ms
 SEND_SECONDS = 10.0  # for a client to take a reply; each byte that it takes extends the time
@@ -2039,17 +2039,18 @@ class Server(socketserver.ThreadingTCPServer):
 
         Return whether any was ready.
         """
-        newcomers, self.may_evict = 0, True
+        has_newcomers, self.may_evict = False, True
         for key, _ in self.selector.select(seconds):
             if key.fileobj is self.socket:
-                newcomers = NEWCOMERS
+                has_newcomers = True
             elif key.fileobj is self.wakened:
                 self.wakened.recv(RECEIVE_BYTES)
                 while self.handed_back:
                     self.ready.append(self.handed_back.popleft())
             elif key.data.unsent or not key.data.pipelined:  # else it is in handed_back already
                 self.ready.append(key.data)
-        count = len(self.ready) + newcomers
+        count = len(self.ready)
+        count += has_newcomers * max(NEWCOMERS, count)
         with contextlib.suppress(OSError):  # of get_request
             for _ in range(count):
                 request, address = self.get_request()
