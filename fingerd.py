@@ -118,8 +118,9 @@ SPARE_DESCRIPTORS = 64  # for everything but connections
 WORKERS = 16  # threads that compute replies; each may delay the loop by 0.1 ms
 SEND_SECONDS = 10.0  # for a client to take a reply; each byte that it takes extends the time
 SLOWEST_READER = 100_000  # bytes a second: a faster client is never cut off
-HEAVY = 1_024  # connections with a long incomplete request or an unsent reply; others are light
-LIGHT_BYTES = 1_024  # of an incomplete request, on a light connection
+HEAVY = 1_024  # connections with a long incomplete request; as many whose clients take no bytes
+LIGHT_BYTES = 1_024  # of a request; a longer one is long
+TAKE_SECONDS = 1.0  # without a byte of the reply taken: these clients may be too many
 LONG_JOBS = 64  # jobs of one network that wait; then its long requests are refused
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
@@ -1928,7 +1929,8 @@ class Server(socketserver.ThreadingTCPServer):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self.connections: dict[Connection, None] = {}  # all that had to wait; longest idle first
         self.sizes: collections.Counter[bytes] = collections.Counter()  # of them, by network
-        self.heavy: dict[Connection, None] = {}  # see HEAVY; longest without progress first
+        self.long: dict[Connection, None] = {}  # with a long incomplete request; oldest part first
+        self.readers: dict[Connection, float] = {}  # of a reply; when they took some last
         self.may_evict = True  # False if a search in this turn found none
         self.ready: collections.deque[Connection] = collections.deque()  # serve them in this turn
         self.handed_back: collections.deque[Connection] = collections.deque()  # serve in the next
@@ -1992,7 +1994,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.wait(connection)
 
     def service_actions(self) -> None:
-        """Serve connections for TURNS_SECONDS; then close those whose deadline has passed."""
+        """Serve connections for TURNS_SECONDS; then close those whose clients take too long."""
         now = time.monotonic()
         until = now + TURNS_SECONDS
         while now < until:
@@ -2001,6 +2003,9 @@ class Server(socketserver.ThreadingTCPServer):
         for connection in list(self.connections):
             if connection.state == WAITING and connection.deadline < now:
                 self.shutdown_request(connection)
+        if len(self.readers) > HEAVY:
+            slow = [each for each, taken in self.readers.items() if taken < now - TAKE_SECONDS]
+            self.close_some(slow, len(self.readers) - HEAVY)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log the exception: an OSError is the client's, any other is a bug here."""
@@ -2020,7 +2025,8 @@ class Server(socketserver.ThreadingTCPServer):
             connection.events = 0
         if connection in self.connections:
             del self.connections[connection]
-            self.heavy.pop(connection, None)
+            self.long.pop(connection, None)
+            self.readers.pop(connection, None)
             self.sizes[connection.network] -= 1
             if not self.sizes[connection.network]:
                 del self.sizes[connection.network]
@@ -2081,13 +2087,20 @@ class Server(socketserver.ThreadingTCPServer):
             else:
                 self.selector.unregister(connection.sock)
             connection.events = events
-        self.heavy.pop(connection, None)
-        if events and (connection.unsent or len(connection.received) > LIGHT_BYTES):
-            self.heavy[connection] = None
-            if len(self.heavy) > HEAVY:
-                sizes = collections.Counter(each.network for each in self.heavy)
-                for each in choose_evicted(self.heavy, sizes, 1 + HEAVY // 20):
-                    self.shutdown_request(each)
+        self.long.pop(connection, None)
+        self.readers.pop(connection, None)
+        if connection.unsent:
+            self.readers[connection] = time.monotonic()
+        elif events and len(connection.received) > LIGHT_BYTES:
+            self.long[connection] = None
+            if len(self.long) > HEAVY:
+                self.close_some(list(self.long), 1 + HEAVY // 20)
+
+    def close_some(self, candidates: list[Connection], count: int) -> None:
+        """Close up to `count` of the candidates, which begin with the longest idle one."""
+        sizes = collections.Counter(connection.network for connection in candidates)
+        for connection in choose_evicted(candidates, sizes, count):
+            self.shutdown_request(connection)
 
     def add(self, connection: Connection) -> None:
         """Add a connection to those that wait or work; evict others if there are too many."""

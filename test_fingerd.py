@@ -5634,50 +5634,61 @@ class ConnectionTest(Case):
 
     def test_a_reply_that_is_taken_slowly(self) -> None:
         sock = self.client(b"long\nnext\n")
-        until(lambda: self.turn() or self.lines.heavy)
+        until(lambda: self.turn() or self.lines.readers)
         self.assertEqual(self.states(), ["waiting"])
         self.reads(sock, b"x" * 9_000_000 + b"\nnext\n")
-        self.assertEqual(len(self.lines.heavy), 0)
+        self.assertEqual(len(self.lines.readers), 0)
         (connection,) = self.lines.connections
         self.assertGreater(connection.deadline, time.monotonic() + 50, "the time of a new request")
 
     def test_a_reply_that_is_cut_off_ends_in_a_reset(self) -> None:
         sock = self.client(b"long\n")
-        until(lambda: self.turn() or self.lines.heavy)
+        until(lambda: self.turn() or self.lines.readers)
         until(lambda: self.turn() or self.lines.evict(1))
         with self.assertRaises(ConnectionResetError):
             while sock.recv(1_000_000):
                 pass
 
     def test_many_slow_readers_give_way(self) -> None:
-        self.patch(HEAVY=2)
-        socks = [self.client(b"long\n") for _ in range(2)]
-        until(lambda: self.turn() or len(self.lines.heavy) == 2)
-        socks.append(self.client(b"long\n"))
-        until(lambda: self.turn() or (len(self.lines.heavy), len(self.states())) == (2, 2))
-        self.reads(socks[-1], b"x" * 9_000_000 + b"\n")
+        self.patch(HEAVY=2, TAKE_SECONDS=0.05)
+        socks = [self.client(b"long\n")]
+        until(lambda: self.turn() or len(self.lines.readers) == 1)
+        socks += [self.client(b"long\n") for _ in range(2)]
+        until(lambda: self.turn() or len(self.lines.readers) == 3)
+        until(lambda: self.lines.service_actions() or len(self.states()) == 2)
+        self.patch(TAKE_SECONDS=DEADLINE)
+        for sock in socks[1:]:
+            self.reads(sock, b"x" * 9_000_000 + b"\n")
+
+    def test_many_fast_readers_do_not_give_way(self) -> None:
+        self.patch(HEAVY=1)
+        socks = [self.client(b"long\n") for _ in range(3)]
+        until(lambda: self.turn() or len(self.lines.readers) == 3)
+        self.lines.service_actions()
+        for sock in socks:
+            self.reads(sock, b"x" * 9_000_000 + b"\n")
 
     def test_a_reader_that_takes_nothing_is_closed(self) -> None:
         self.patch(SEND_SECONDS=0.05)
         self.client(b"long\n")
-        until(lambda: self.turn() or self.lines.heavy)
+        until(lambda: self.turn() or self.lines.readers)
         until(lambda: self.lines.service_actions() or self.states() == [])
 
     def test_a_reader_that_takes_little_is_closed(self) -> None:
         self.patch(SEND_SECONDS=0.5, SLOWEST_READER=10_000_000_000)
         sock = self.client(b"long\n")
-        until(lambda: self.turn() or self.lines.heavy)
+        until(lambda: self.turn() or self.lines.readers)
         until(lambda: self.lines.service_actions() or (sock.recv(9_999) and self.states() == []))
 
     def test_a_long_request_that_is_worked_on_does_not_give_way(self) -> None:
         self.patch(HEAVY=1, LIGHT_BYTES=10)
         sock = self.client(b"job " + b"x" * 20)
-        until(lambda: self.turn() or self.lines.heavy)
+        until(lambda: self.turn() or self.lines.long)
         sock.sendall(b"\n")
         until(lambda: self.turn() or self.states() == ["working"])
         for _ in range(3):
             self.client(b"y" * 20)
-        until(lambda: self.turn() or len(self.lines.heavy) == 1)
+        until(lambda: self.turn() or len(self.lines.long) == 1)
         self.lines.go.set()
         self.reads(sock, b"job " + b"x" * 20 + b"\n")
 
