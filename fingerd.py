@@ -2540,9 +2540,9 @@ class FileSource:
             modified = max(0.0, min(self._path.stat().st_mtime, time.time()))
             return users._replace(modified=modified)
         except OSError as problem:
-            words, uid = problem.strerror or problem, os.geteuid()
+            words = problem.strerror or problem
             if isinstance(problem, PermissionError):
-                words = f"{words} for {account_name(uid)} (uid {uid}{RUN_AS_HINT})"
+                words = f"{words} for {account_name(os.geteuid())}{RUN_AS_HINT}"
             raise OSError(f"{self.name}: {words}") from None
 
 
