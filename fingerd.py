@@ -120,7 +120,7 @@ SEND_SECONDS = 10.0  # for a client to take a reply; each byte that it takes ext
 SLOWEST_READER = 100_000  # bytes a second: a faster client is never cut off
 HEAVY = 1_024  # connections with a long incomplete request; as many whose clients take no bytes
 LIGHT_BYTES = 1_024  # of a request; a longer one is long
-TAKE_SECONDS = 1.0  # without a byte of the reply taken: these clients may be too many
+TAKE_SECONDS = 1.0  # a client that has taken bytes of its reply so recently is not one of these
 LONG_JOBS = 64  # jobs of one network that wait; then its long requests are refused
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1_048_576  # for what a client sends after its last reply
 RECEIVE_BYTES = 4_096  # received at once from a client
@@ -1929,8 +1929,8 @@ class Server(socketserver.ThreadingTCPServer):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self.connections: dict[Connection, None] = {}  # all that had to wait; longest idle first
         self.sizes: collections.Counter[bytes] = collections.Counter()  # of them, by network
-        self.long: dict[Connection, None] = {}  # with a long incomplete request; oldest part first
-        self.readers: dict[Connection, float] = {}  # of a reply; when they took some last
+        self.long: dict[Connection, None] = {}  # with a long incomplete request; longest idle first
+        self.readers: dict[Connection, float] = {}  # with an unsent reply; when some was taken
         self.may_evict = True  # False if a search in this turn found none
         self.ready: collections.deque[Connection] = collections.deque()  # serve them in this turn
         self.handed_back: collections.deque[Connection] = collections.deque()  # serve in the next
