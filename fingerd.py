@@ -2126,14 +2126,11 @@ class Server(socketserver.ThreadingTCPServer):
                 if each.state == WAITING and each not in arrived and bool(each.unsent) == is_slow:
                     yield each
 
-        chosen = (
-            choose_evicted(waiting(False), self.sizes, count)
-            or [*itertools.islice(waiting(False), count)]  # none was of the largest networks
-            or [*itertools.islice(waiting(True), count)]
-        )
-        for connection in chosen:
-            self.shutdown_request(connection)
-        self.may_evict = bool(chosen)
+        candidates = choose_evicted(waiting(False), self.sizes, count)
+        for is_slow in (False, True):  # none of the largest networks waits, or none at all
+            candidates = candidates or [*waiting(is_slow)]
+        self.close_some(candidates, count)
+        self.may_evict = bool(candidates)
         return self.may_evict
 
     # Replies.
@@ -2176,6 +2173,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.await_request(connection)
         # Close at once only if no byte can be under way: all came at once, or the client has ended.
         elif connection.ended or self.stopping or not (connection.received or connection.network):
+            connection.sock.shutdown(socket.SHUT_WR)  # else a late byte could still discard it
             self.shutdown_request(connection)
         else:
             self.await_end(connection)
@@ -2326,13 +2324,13 @@ def account_name(uid: int) -> str:
         return f"uid {uid}"
 
 
-def find_account(client: Any, server: Any) -> str:
-    """The account that has the socket connected from `client` to `server`, or "".
+def find_owner(client: Any, server: Any) -> int | None:
+    """The uid that has the socket connected from `client` to `server`, if it is on this machine.
 
-    Only Linux tells it: see sock_diag(7).
+    Only Linux tells it: see sock_diag(7). The answer takes 20 us.
     """
     if not hasattr(socket, "AF_NETLINK"):
-        return ""
+        return None
     ends = [plain_address(end).partition("%")[0] for end in (client, server)]
     family = socket.AF_INET6 if ":" in ends[0] else socket.AF_INET
     hosts = [socket.inet_pton(family, host) for host in ends]
@@ -2347,11 +2345,10 @@ def find_account(client: Any, server: Any) -> str:
             kernel.send(question)
             answer = kernel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
     except OSError:
-        return ""
+        return None
     kind, *found, uid, inode = struct.unpack_from("=4xH14x2H56x2I", answer.ljust(88, b"\0"))
     # A listener has no second port; a socket that its client has closed has no inode.
-    is_open = kind == SOCK_DIAG_BY_FAMILY and found == ports and inode
-    return account_name(uid) if is_open else ""
+    return uid if kind == SOCK_DIAG_BY_FAMILY and found == ports and inode else None
 
 
 class SetterServer(Server):
@@ -2375,13 +2372,14 @@ class SetterServer(Server):
 
         if setting.problem:
             return answer(f"ERROR {setting.problem}")
-        server = connection.sock.getsockname()
-        return lambda: answer(self.keep_message(setting, connection.address, server))
+        # Now, since later the client may be gone and another one have its port.
+        owner = find_owner(connection.address, connection.sock.getsockname())
+        return lambda: answer(self.keep_message(setting, str(connection), owner))
 
-    def keep_message(self, setting: Setting, client: Any, server: Any) -> str:
+    def keep_message(self, setting: Setting, address: str, owner: int | None) -> str:
         """Set the message, and log by whom; returns the answer to the client."""
-        account = find_account(client, server)
-        by = account or plain_address(client)
+        account = "" if owner is None else account_name(owner)
+        by = account or address
         try:
             self.site.refresh()
             user = self.site.store.set(setting.user, setting.text, by, setting.until)
@@ -3247,12 +3245,12 @@ def run(options: argparse.Namespace) -> None:
     while signal.sigwait(SIGNALS) == signal.SIGHUP:
         reloader.reload()
 
-    deadline = time.monotonic() + STOP_SECONDS
     reloader.cancel()
     for bot in bots:
         bot.stopping.set()
     for server in servers:
         server.shutdown()
+    deadline = time.monotonic() + STOP_SECONDS + 2 * TURNS_SECONDS
     for thread in (*loops, *bots):
         thread.join(max(0.0, deadline - time.monotonic()))
     log.info("stopped")

@@ -2255,7 +2255,7 @@ class SetterTest(SharedCase):
         self.assertTrue(all(" DEBUG " in line for line in texts))
 
     @unittest.skipUnless(hasattr(socket, "AF_NETLINK"), "the system tells no account")
-    def test_the_account_of_a_client_on_this_machine(self) -> None:
+    def test_the_owner_of_a_client_on_this_machine(self) -> None:
         uid = 1 if ROOT else os.geteuid()
         for host, listener in (
             ("127.0.0.1", socket.create_server(("127.0.0.1", 0))),
@@ -2270,26 +2270,29 @@ class SetterTest(SharedCase):
                 os.seteuid(0 if ROOT else uid)
                 sock = self.keep(listener.accept()[0])
 
-                def account(sock: Any = sock) -> str:
-                    return fingerd.find_account(sock.getpeername(), sock.getsockname())
+                def owner(sock: Any = sock) -> int | None:
+                    return fingerd.find_owner(sock.getpeername(), sock.getsockname())
 
-                self.assertEqual(account(), pwd.getpwuid(uid).pw_name)
+                self.assertEqual(owner(), uid)
                 client.shutdown(socket.SHUT_WR)
-                self.assertEqual(account(), pwd.getpwuid(uid).pw_name)
-                with mock.patch("pwd.getpwuid", side_effect=KeyError):
-                    self.assertEqual(account(), f"uid {uid}")
+                self.assertEqual(owner(), uid)
                 with mock.patch("socket.socket", side_effect=PermissionError):
-                    self.assertEqual(account(), "")
+                    self.assertIsNone(owner())
                 with mock.patch("socket.AF_NETLINK"):
                     del socket.AF_NETLINK
-                    self.assertEqual(account(), "")
+                    self.assertIsNone(owner())
                 peer, own = sock.getpeername(), sock.getsockname()
-                self.assertEqual(fingerd.find_account((peer[0], peer[1] ^ 1), own), "")
-                self.assertEqual(fingerd.find_account(peer, (own[0], own[1] ^ 1)), "")
+                self.assertIsNone(fingerd.find_owner((peer[0], peer[1] ^ 1), own))
+                self.assertIsNone(fingerd.find_owner(peer, (own[0], own[1] ^ 1)))
                 other = "::2" if ":" in fingerd.plain_address(peer) else "127.0.0.2"
-                self.assertEqual(fingerd.find_account((other, peer[1]), own), "")
+                self.assertIsNone(fingerd.find_owner((other, peer[1]), own))
                 client.close()  # the socket stays, but belongs to root
-                self.assertEqual(account(), "")
+                self.assertIsNone(owner())
+
+    def test_an_owner_without_a_name_is_called_by_the_uid(self) -> None:
+        self.assertEqual(fingerd.account_name(os.geteuid()), pwd.getpwuid(os.geteuid()).pw_name)
+        with mock.patch("pwd.getpwuid", side_effect=KeyError):
+            self.assertEqual(fingerd.account_name(54_321), "uid 54321")
 
     def test_a_listener_is_not_taken_for_a_client_from_elsewhere(self) -> None:
         for listener, client, server in (
@@ -2299,7 +2302,7 @@ class SetterTest(SharedCase):
         ):
             with self.subTest(client), listener:
                 port = listener.getsockname()[1]
-                self.assertEqual(fingerd.find_account((client, port), (server, 1079)), "")
+                self.assertIsNone(fingerd.find_owner((client, port), (server, 1079)))
 
     def test_a_half_close_ends_the_second_line(self) -> None:
         self.assertEqual(ask(self.service.port("setter"), b"guest\nhello"), b"OK\r\n")
@@ -5570,6 +5573,17 @@ class ConnectionTest(Case):
         self.assertEqual(self.states(), [])
         self.closed(sock)
 
+    def test_a_byte_that_comes_between_the_reply_and_the_close(self) -> None:
+        sock, close = self.client(b"bye\n"), self.lines.shutdown_request
+
+        def late(connection: Any) -> None:
+            with contextlib.suppress(OSError):
+                sock.sendall(b"late")
+            close(connection)
+
+        with mock.patch.object(self.lines, "shutdown_request", late):
+            self.reads(sock, b"bye\n")
+
     def test_requests_that_come_together_are_answered_in_turns(self) -> None:
         one, other = self.client(b"1\n2\n3\n"), self.client(b"4\n")
         replies: list[bytes] = []
@@ -5786,18 +5800,21 @@ class ConnectionTest(Case):
         self.assertTrue(self.lines.evict(1))
 
     def test_if_the_largest_network_only_works_another_is_evicted_from(self) -> None:
-        self.lines.ceiling = 3
+        self.lines.ceiling = 6
         small = self.client(b"half", source="127.0.0.3")
         until(lambda: self.turn() or self.states())
-        socks = [self.client(b"job\n") for _ in range(2)]
-        until(lambda: self.turn() or self.states() == ["waiting", "working", "working"])
+        larger = [self.client(b"half", source="127.0.0.5") for _ in range(2)]
+        until(lambda: self.turn() or len(self.states()) == 3)
+        working = [self.client(b"job\n") for _ in range(3)]
+        until(lambda: self.turn() or self.states() == ["waiting"] * 3 + ["working"] * 3)
         late = self.client(b"half", source="127.0.0.4")
-        self.closed(small)
-        late.sendall(b"\n")
-        self.reads(late, b"half\n")
-        self.assertEqual(sum(self.lines.sizes.values()), 3)
+        self.closed(larger[0])
+        for sock in (small, larger[1], late):
+            sock.sendall(b"\n")
+            self.reads(sock, b"half\n")
+        self.assertEqual(sum(self.lines.sizes.values()), 6)
         self.lines.go.set()
-        self.reads(socks[0], b"job\n")
+        self.reads(working[0], b"job\n")
 
     def test_the_connections_to_evict(self) -> None:
         for networks, count, wanted in (
