@@ -117,7 +117,7 @@ NEWCOMERS = 128  # accepted in one turn; more if more connections that waited ar
 SPARE_DESCRIPTORS = 64  # for everything but connections
 WORKERS = 16  # threads that compute replies; each may delay the loop by 0.1 ms
 SEND_SECONDS = 10.0  # for a client to take a reply; each byte that it takes extends the time
-SLOWEST_READER = 100_000  # bytes a second: a faster client is never cut off
+SLOWEST_READER = 10_000  # bytes a second: a faster client is never cut off
 HEAVY = 1_024  # connections with a long incomplete request; as many whose clients take no bytes
 LIGHT_BYTES = 1_024  # of a request; a longer one is long
 TAKE_SECONDS = 1.0  # a client that has taken bytes of its reply so recently is not one of these
@@ -1370,7 +1370,7 @@ class WebAnswers:
         if request.path != "/" or now.size() <= MAX_SHORT_LIST:
             return False
         name = choose_format(request.query, request.headers.get("accept", ""))
-        return name not in self._lists or self._lists[name][0] != now.version
+        return name not in self._lists or self._lists[name][0] < now.version
 
     def page(self, request: HttpRequest, now: Snapshot, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
@@ -1387,7 +1387,7 @@ class WebAnswers:
         """The page in the format `name`; it is made only if it is not remembered."""
         if request.path == "/":
             version, page = self._lists.get(name, (0, None))
-            if not page or version != now.version:
+            if not page or version < now.version:
                 page = self._make_list(name, now)
                 self._lists[name] = now.version, page
             return page
@@ -2033,7 +2033,8 @@ class Server(socketserver.ThreadingTCPServer):
         if connection.unsent:
             # A reset: the client sees that the reply is incomplete, and the kernel drops the rest.
             linger = struct.pack("ii", 1, 0)
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            with contextlib.suppress(OSError):  # the client has gone
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             connection.unsent = []
         connection.state = CLOSED
         connection.sock.close()
@@ -2127,8 +2128,8 @@ class Server(socketserver.ThreadingTCPServer):
                     yield each
 
         candidates = choose_evicted(waiting(False), self.sizes, count)
-        for is_slow in (False, True):  # none of the largest networks waits, or none at all
-            candidates = candidates or [*waiting(is_slow)]
+        if len(candidates) < count / 2:  # the largest networks hardly wait: look at all
+            candidates = [*waiting(False)] or [*waiting(True)]
         self.close_some(candidates, count)
         self.may_evict = bool(candidates)
         return self.may_evict
@@ -2335,12 +2336,13 @@ def find_owner(client: Any, server: Any) -> int | None:
     family = socket.AF_INET6 if ":" in ends[0] else socket.AF_INET
     hosts = [socket.inet_pton(family, host) for host in ends]
     ports = [socket.htons(client[1]), socket.htons(server[1])]
-    interface = (*client, 0, 0)[3]  # of a link-local IPv6 address; else 0
     # A header (size, type, flag for a request); a protocol, in any state; the socket, no cookie.
     question = struct.pack("=I2H2I", 72, SOCK_DIAG_BY_FAMILY, 1, 0, 0)
     question += struct.pack("=4BI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-    question += struct.pack("=2H16s16sI8s", *ports, *hosts, interface, b"\xff" * 8)
     try:
+        # The interface of a link-local address, else that of traffic within the machine.
+        interface = (*client, 0, 0)[3] or socket.if_nametoindex("lo")
+        question += struct.pack("=2H16s16sI8s", *ports, *hosts, interface, b"\xff" * 8)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_SOCK_DIAG) as kernel:
             kernel.send(question)
             answer = kernel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
@@ -2372,8 +2374,8 @@ class SetterServer(Server):
 
         if setting.problem:
             return answer(f"ERROR {setting.problem}")
-        # Now, since later the client may be gone and another one have its port.
         owner = find_owner(connection.address, connection.sock.getsockname())
+        connection.sock.getpeername()  # OSError after a reset: another client may have the port
         return lambda: answer(self.keep_message(setting, str(connection), owner))
 
     def keep_message(self, setting: Setting, address: str, owner: int | None) -> str:

@@ -2274,6 +2274,12 @@ class SetterTest(SharedCase):
                     return fingerd.find_owner(sock.getpeername(), sock.getsockname())
 
                 self.assertEqual(owner(), uid)
+                os.seteuid(uid)
+                bound = self.keep(socket.socket(client.family))
+                bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+                bound.connect(client.getpeername())
+                os.seteuid(0 if ROOT else uid)
+                self.assertEqual(owner(self.keep(listener.accept()[0])), uid)
                 client.shutdown(socket.SHUT_WR)
                 self.assertEqual(owner(), uid)
                 with mock.patch("socket.socket", side_effect=PermissionError):
