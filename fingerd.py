@@ -1370,7 +1370,7 @@ class WebAnswers:
         if request.path != "/" or now.size() <= MAX_SHORT_LIST:
             return False
         name = choose_format(request.query, request.headers.get("accept", ""))
-        return name not in self._lists or self._lists[name][0] < now.version
+        return not self._remembered_list(name, now)
 
     def page(self, request: HttpRequest, now: Snapshot, plan: str = "") -> Page:
         """The page that a GET asks for; `plan` is the text of the user's plan."""
@@ -1386,14 +1386,19 @@ class WebAnswers:
     def _known_page(self, name: str, request: HttpRequest, now: Snapshot, plan: str) -> Page:
         """The page in the format `name`; it is made only if it is not remembered."""
         if request.path == "/":
-            version, page = self._lists.get(name, (0, None))
-            if not page or version < now.version:
+            page = self._remembered_list(name, now)
+            if not page:
                 page = self._make_list(name, now)
                 self._lists[name] = now.version, page
             return page
         user = now.find(request.user)
         make = self._make_user if plan else self._remembered
         return make(name, user or request.user[:MAX_NAME], now.get(user), plan)
+
+    def _remembered_list(self, name: str, now: Snapshot) -> Page | None:
+        """The list in the format `name`, or None if it is older than `now`."""
+        version, page = self._lists.get(name, (0, None))
+        return page if version >= now.version else None
 
     def _make_list(self, name: str, now: Snapshot) -> Page:
         """The list of all users in the format `name`."""
@@ -2172,12 +2177,13 @@ class Server(socketserver.ThreadingTCPServer):
             self.wait(connection, selectors.EVENT_WRITE)
         elif not connection.closing:
             self.await_request(connection)
-        # Close at once only if no byte can be under way: all came at once, or the client has ended.
-        elif connection.ended or self.stopping or not (connection.received or connection.network):
-            connection.sock.shutdown(socket.SHUT_WR)  # else a late byte could still discard it
-            self.shutdown_request(connection)
         else:
-            self.await_end(connection)
+            connection.sock.shutdown(socket.SHUT_WR)  # now a late byte cannot discard the reply
+            all_at_once = not (connection.received or connection.network)  # more is unlikely
+            if connection.ended or self.stopping or all_at_once:
+                self.shutdown_request(connection)
+            else:
+                self.await_end(connection)
 
     def await_request(self, connection: Connection) -> None:
         """Wait for the client's next request."""
@@ -2189,7 +2195,6 @@ class Server(socketserver.ThreadingTCPServer):
 
     def await_end(self, connection: Connection) -> None:
         """Wait for the client to close: an earlier close could cause a reset and lose the reply."""
-        connection.sock.shutdown(socket.SHUT_WR)
         connection.drain, connection.deadline = DRAIN_BYTES, time.monotonic() + DRAIN_SECONDS
         self.wait(connection)
 
@@ -3252,7 +3257,7 @@ def run(options: argparse.Namespace) -> None:
         bot.stopping.set()
     for server in servers:
         server.shutdown()
-    deadline = time.monotonic() + STOP_SECONDS + 2 * TURNS_SECONDS
+    deadline = time.monotonic() + STOP_SECONDS + 2 * TURNS_SECONDS  # the loops end a turn later
     for thread in (*loops, *bots):
         thread.join(max(0.0, deadline - time.monotonic()))
     log.info("stopped")
